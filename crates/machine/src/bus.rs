@@ -37,12 +37,13 @@ pub trait BusDevice: Send {
         1
     }
 
-    /// The guest reads `data.len()` bytes (1, 2, 4 or 8) at `offset` from the start of the range.
+    /// The guest reads `data.len()` bytes (1, 2, 4 or 8) at `offset`, which counts from the start of the range plus what
+    /// [`Bus::register_window`] was told.
     ///
     /// `data` arrives filled with ones; what the device leaves alone reads as ones.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
-    /// The guest writes `data` (1, 2, 4 or 8 bytes) at `offset` from the start of the range.
+    /// The guest writes `data` (1, 2, 4 or 8 bytes) at `offset`, counted as for a read.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
@@ -107,6 +108,8 @@ pub enum BusError {
 
 struct Entry {
     start: u64,
+    /// The device's offset of `start`.
+    base: u64,
     /// Last address: inclusive, so that a range may end at the top of the space.
     last: u64,
     max_access: usize,
@@ -148,13 +151,27 @@ impl Bus {
         }
     }
 
-    /// Lets `device` answer for the `len` bytes from `start`.
-    ///
-    /// The same device may be registered at several ranges; its offsets then count from each range's start.
+    /// Lets `device` answer for the `len` bytes from `start`, with offsets from 0.
     ///
     /// # Errors
     /// [`BusError`] if the range is empty, leaves the address space or overlaps a registered one. The bus is then unchanged.
     pub fn register(&mut self, start: u64, len: u64, device: SharedDevice) -> Result<(), BusError> {
+        self.register_window(start, len, 0, device)
+    }
+
+    /// Lets `device` answer for the `len` bytes from `start`, the first of which is offset `base` to the device.
+    ///
+    /// This is how a device with registers in several places tells them apart.
+    ///
+    /// # Errors
+    /// As [`register`](Self::register); offsets must not leave 64 bits either.
+    pub fn register_window(
+        &mut self,
+        start: u64,
+        len: u64,
+        base: u64,
+        device: SharedDevice,
+    ) -> Result<(), BusError> {
         let (name, width) = {
             let guard = lock(&device);
             (guard.name(), guard.max_access())
@@ -172,7 +189,7 @@ impl Bus {
             });
         };
         let last = match start.checked_add(extra) {
-            Some(last) if last <= self.last_address => last,
+            Some(last) if last <= self.last_address && base.checked_add(extra).is_some() => last,
             _ => {
                 return Err(BusError::OutOfSpace {
                     device: name,
@@ -196,6 +213,7 @@ impl Bus {
             at,
             Entry {
                 start,
+                base,
                 last,
                 max_access: width,
                 name,
@@ -248,7 +266,7 @@ impl Bus {
         Some(Piece {
             from,
             to: from + size,
-            offset,
+            offset: entry.base + offset,
             entry,
         })
     }
@@ -417,6 +435,21 @@ mod tests {
         bus.write(0xf, &[1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(log(&a)[1], ('w', 0, vec![2, 3]));
         assert_eq!(log(&b)[1], ('w', 0, vec![6, 7]));
+    }
+
+    #[test]
+    fn windows_of_one_device_have_their_own_offsets() {
+        let mut bus = Bus::ports();
+        let dev = probe(1);
+        bus.register_window(0x60, 1, 0, dev.clone()).unwrap();
+        bus.register_window(0x64, 1, 1, dev.clone()).unwrap();
+        assert!(matches!(
+            bus.register_window(0x70, 2, u64::MAX, dev.clone()),
+            Err(BusError::OutOfSpace { .. })
+        ));
+        bus.write(0x64, &[7]);
+        bus.write(0x60, &[8]);
+        assert_eq!(log(&dev), [('w', 1, vec![7]), ('w', 0, vec![8])]);
     }
 
     #[test]

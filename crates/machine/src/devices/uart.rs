@@ -200,11 +200,11 @@ impl Uart {
                     self.fifo.push_back(byte);
                 }
             }
-        } else if let Some(sink) = &mut self.sink {
-            if let Err(error) = sink.write_all(&[byte]).and_then(|()| sink.flush()) {
-                self.sink = None;
-                (self.on_sink_error)(error);
-            }
+        } else if let Some(sink) = &mut self.sink
+            && let Err(error) = sink.write_all(&[byte]).and_then(|()| sink.flush())
+        {
+            self.sink = None;
+            (self.on_sink_error)(error);
         }
         self.thr_empty_event = true;
         self.update();
