@@ -6,7 +6,7 @@
 
 use crate::arch::Arch;
 use crate::cpio::Archive;
-use crate::{initrd, process};
+use crate::{initrd, process, workspace};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
@@ -55,7 +55,9 @@ pub(crate) fn run(arch: &Arch, job: &Job) -> Result<Outcome> {
     let [qemu, package] = arch.qemu;
     let qemu = process::require(qemu, package)?;
     let token = token();
-    let initrd = tempfile(&format!("nested-{token}.cpio"));
+    let dir = workspace::cache().join("tmp");
+    fs::create_dir_all(&dir)?;
+    let initrd = dir.join(format!("{token}.cpio"));
     fs::write(&initrd, archive(arch, job, &token)?)
         .with_context(|| format!("cannot write {}", initrd.display()))?;
     let result = emulate(arch, &qemu, &initrd, job, &token);
@@ -262,10 +264,6 @@ fn token() -> String {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     format!("{:x}-{:x}", std::process::id(), now.as_nanos())
-}
-
-fn tempfile(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("vm-accel-{name}"))
 }
 
 #[cfg(test)]
