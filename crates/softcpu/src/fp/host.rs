@@ -1,0 +1,343 @@
+//! SSE operations with a short cut through the host's floating-point unit.
+//!
+//! The short cut is taken only when it cannot be told from the integer code: rounding to nearest, PE masked, operands
+//! and result ordinary numbers, so that no flag but PE can arise; and PE is known, because it is set already or
+//! because exactness can be decided. The host is assumed to run Rust's default environment (nearest, no flushing,
+//! flags ignored). Everything else goes to [`super::arith`] and its neighbours.
+
+use core::cmp::Ordering;
+
+use super::format::Float;
+use super::{DAZ, Env, F32, F64, MASK_SHIFT, PE, RC_SHIFT, arith, compare as soft, convert};
+
+/// A format that the host computes in.
+pub(crate) trait HostFloat: Float {
+    /// The host's type.
+    type Native: Copy
+        + PartialOrd
+        + core::ops::Add<Output = Self::Native>
+        + core::ops::Sub<Output = Self::Native>
+        + core::ops::Mul<Output = Self::Native>
+        + core::ops::Div<Output = Self::Native>;
+
+    /// As the host's type.
+    fn native(self) -> Self::Native;
+    /// From the host's type.
+    fn from_native(value: Self::Native) -> Self;
+    /// The host's square root.
+    fn native_sqrt(value: Self::Native) -> Self::Native;
+    /// The host's rounding to an integral value, ties to even.
+    fn native_round(value: Self::Native) -> Self::Native;
+    /// The host's conversion from an integer, rounded to nearest.
+    fn native_from(value: i64) -> Self::Native;
+    /// The host's conversion of an integral value of magnitude below 2^63.
+    fn native_to_int(value: Self::Native) -> i64;
+
+    /// The biased exponent.
+    fn exponent(self) -> i32;
+    /// Zero of either sign.
+    fn is_zero(self) -> bool;
+    /// The significand as an integer, leading one included; for normal numbers.
+    fn integer(self) -> u64;
+}
+
+impl HostFloat for F32 {
+    type Native = f32;
+
+    #[inline(always)]
+    fn native(self) -> f32 {
+        f32::from_bits(self.0)
+    }
+    #[inline(always)]
+    fn from_native(value: f32) -> Self {
+        F32(value.to_bits())
+    }
+    #[inline(always)]
+    fn native_sqrt(value: f32) -> f32 {
+        value.sqrt()
+    }
+    #[inline(always)]
+    fn native_round(value: f32) -> f32 {
+        value.round_ties_even()
+    }
+    #[inline(always)]
+    fn native_from(value: i64) -> f32 {
+        value as f32
+    }
+    #[inline(always)]
+    fn native_to_int(value: f32) -> i64 {
+        value as i64
+    }
+    #[inline(always)]
+    fn exponent(self) -> i32 {
+        (self.0 >> 23 & 0xff) as i32
+    }
+    #[inline(always)]
+    fn is_zero(self) -> bool {
+        self.0 << 1 == 0
+    }
+    #[inline(always)]
+    fn integer(self) -> u64 {
+        u64::from(self.0 & 0x7f_ffff | 1 << 23)
+    }
+}
+
+impl HostFloat for F64 {
+    type Native = f64;
+
+    #[inline(always)]
+    fn native(self) -> f64 {
+        f64::from_bits(self.0)
+    }
+    #[inline(always)]
+    fn from_native(value: f64) -> Self {
+        F64(value.to_bits())
+    }
+    #[inline(always)]
+    fn native_sqrt(value: f64) -> f64 {
+        value.sqrt()
+    }
+    #[inline(always)]
+    fn native_round(value: f64) -> f64 {
+        value.round_ties_even()
+    }
+    #[inline(always)]
+    fn native_from(value: i64) -> f64 {
+        value as f64
+    }
+    #[inline(always)]
+    fn native_to_int(value: f64) -> i64 {
+        value as i64
+    }
+    #[inline(always)]
+    fn exponent(self) -> i32 {
+        (self.0 >> 52 & 0x7ff) as i32
+    }
+    #[inline(always)]
+    fn is_zero(self) -> bool {
+        self.0 << 1 == 0
+    }
+    #[inline(always)]
+    fn integer(self) -> u64 {
+        self.0 & ((1 << 52) - 1) | 1 << 52
+    }
+}
+
+/// Rounding is to nearest and PE is masked.
+#[inline(always)]
+fn usable(env: &Env) -> bool {
+    env.control & (3 << RC_SHIFT | PE << MASK_SHIFT) == PE << MASK_SHIFT
+}
+
+/// PE is set in MXCSR already: exactness makes no difference.
+#[inline(always)]
+fn sticky(env: &Env) -> bool {
+    env.control & PE != 0
+}
+
+/// Finite, and far enough above the denormals that no rounding of anything tiny can have made it.
+#[inline(always)]
+fn ordinary<F: HostFloat>(value: F) -> bool {
+    ((value.exponent() - 2) as u32) < (F::SPECIAL - 2) as u32
+}
+
+/// Zero or normal or infinite or NaN: no denormal.
+#[inline(always)]
+fn no_denormal<F: HostFloat>(value: F) -> bool {
+    value.exponent() != 0 || value.is_zero()
+}
+
+/// Trailing zeros of the significand.
+#[inline(always)]
+fn trailing<F: HostFloat>(value: F) -> u32 {
+    value.integer().trailing_zeros()
+}
+
+/// Whether `a = b * c` exactly, given that it holds to within rounding.
+#[inline(always)]
+fn is_product<F: HostFloat>(a: F, b: F, c: F) -> bool {
+    let odd = |value: F| value.integer() >> trailing(value);
+    u128::from(odd(b)) * u128::from(odd(c)) == u128::from(odd(a))
+}
+
+/// `a + b` for ADDSS, ADDPD and the like.
+#[inline(always)]
+pub(crate) fn add<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    if usable(env) && no_denormal(a) && no_denormal(b) {
+        let (x, y) = (a.native(), b.native());
+        let sum = x + y;
+        let result = F::from_native(sum);
+        // The exact error of a sum in nearest is (x - (sum - t)) + (y - t) with t = sum - x (Knuth, TAOCP 4.2.2).
+        let exact = || {
+            let t = sum - x;
+            F::from_native((x - (sum - t)) + (y - t)).is_zero()
+        };
+        if ordinary(result) && (sticky(env) || exact()) {
+            return result;
+        }
+    }
+    arith::add(env, a, b)
+}
+
+/// `a - b`.
+#[inline(always)]
+pub(crate) fn sub<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    if usable(env) && no_denormal(a) && no_denormal(b) {
+        let (x, y) = (a.native(), b.native());
+        let difference = x - y;
+        let result = F::from_native(difference);
+        let exact = || {
+            let t = x - difference;
+            F::from_native((x - (difference + t)) - (y - t)).is_zero()
+        };
+        if ordinary(result) && (sticky(env) || exact()) {
+            return result;
+        }
+    }
+    arith::sub(env, a, b)
+}
+
+/// `a * b`.
+#[inline(always)]
+pub(crate) fn mul<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    if usable(env) && no_denormal(a) && no_denormal(b) {
+        let result = F::from_native(a.native() * b.native());
+        // The product of two p-bit integers has 2p - 1 bits, or one more when the exponent of the result says so.
+        let exact = || {
+            let excess =
+                F::PRECISION as i32 - 1 + result.exponent() + F::EMAX - a.exponent() - b.exponent();
+            (trailing(a) + trailing(b)) as i32 >= excess
+        };
+        if ordinary(result) && (sticky(env) || exact()) {
+            return result;
+        }
+    }
+    arith::mul(env, a, b)
+}
+
+/// `a / b`.
+#[inline(always)]
+pub(crate) fn div<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    if usable(env) && no_denormal(a) && no_denormal(b) && b.exponent() != F::SPECIAL {
+        let result = F::from_native(a.native() / b.native());
+        if ordinary(result) && (sticky(env) || is_product(a, result, b)) {
+            return result;
+        }
+    }
+    arith::div(env, a, b)
+}
+
+/// The square root of `a`.
+#[inline(always)]
+pub(crate) fn sqrt<F: HostFloat>(env: &mut Env, a: F) -> F {
+    if usable(env) && no_denormal(a) {
+        let result = F::from_native(F::native_sqrt(a.native()));
+        if ordinary(result) && (sticky(env) || is_product(a, result, result)) {
+            return result;
+        }
+    }
+    arith::sqrt(env, a)
+}
+
+/// The order of `a` and `b`; flags as in [`soft::compare`].
+#[inline(always)]
+pub(crate) fn compare<F: HostFloat>(
+    env: &mut Env,
+    a: F,
+    b: F,
+    signaling: bool,
+) -> Option<Ordering> {
+    if no_denormal(a) && no_denormal(b) {
+        if let order @ Some(_) = a.native().partial_cmp(&b.native()) {
+            return order;
+        }
+    }
+    soft::compare(env, a, b, signaling)
+}
+
+/// MINSS and its family.
+#[inline(always)]
+pub(crate) fn min<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    match compare(env, a, b, true) {
+        Some(Ordering::Less) => flushed(env, a),
+        _ => flushed(env, b),
+    }
+}
+
+/// MAXSS and its family.
+#[inline(always)]
+pub(crate) fn max<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    match compare(env, a, b, true) {
+        Some(Ordering::Greater) => flushed(env, a),
+        _ => flushed(env, b),
+    }
+}
+
+/// An operand handed through: DAZ makes a zero of a denormal.
+#[inline(always)]
+fn flushed<F: HostFloat>(env: &Env, a: F) -> F {
+    if env.control & DAZ != 0 && !no_denormal(a) {
+        F::zero(a.to_parts().0)
+    } else {
+        a
+    }
+}
+
+/// CVTSI2SD and the like.
+#[inline(always)]
+pub(crate) fn int_to_float<F: HostFloat>(env: &mut Env, value: i64) -> F {
+    // Integers of at most the precision are exact in every rounding mode.
+    if value.unsigned_abs() >> F::PRECISION == 0 || usable(env) && sticky(env) {
+        return F::from_native(F::native_from(value));
+    }
+    convert::int_to_float(env, value)
+}
+
+/// CVTTSD2SI (`truncate`) and CVTSD2SI, to 32 or 64 bits.
+#[inline(always)]
+pub(crate) fn float_to_int<F: HostFloat>(env: &mut Env, a: F, bits: u32, truncate: bool) -> i64 {
+    let masked = env.control & PE << MASK_SHIFT != 0;
+    if masked && (truncate || usable(env)) && no_denormal(a) {
+        let x = a.native();
+        let magnitude = F::from_native(x).exponent() - F::EMAX;
+        if magnitude < bits as i32 - 2 {
+            let whole = if truncate {
+                F::native_to_int(x)
+            } else {
+                F::native_to_int(F::native_round(x))
+            };
+            if sticky(env) || F::native_from(whole) == x {
+                return whole;
+            }
+        }
+    }
+    if truncate {
+        let mut toward_zero = env.with_rounding(super::Round::Zero);
+        let result = convert::float_to_int(&mut toward_zero, a, bits);
+        env.raised = toward_zero.raised;
+        return result;
+    }
+    convert::float_to_int(env, a, bits)
+}
+
+/// CVTSS2SD.
+#[inline(always)]
+pub(crate) fn widen(env: &mut Env, a: F32) -> F64 {
+    if a.exponent() != F32::SPECIAL && no_denormal(a) {
+        return F64::from_native(f64::from(a.native()));
+    }
+    convert::float_to_float(env, a)
+}
+
+/// CVTSD2SS.
+#[inline(always)]
+pub(crate) fn narrow(env: &mut Env, a: F64) -> F32 {
+    if usable(env) {
+        let x = a.native();
+        let narrow = F32::from_native(x as f32);
+        if ordinary(narrow) && (sticky(env) || f64::from(narrow.native()) == x) {
+            return narrow;
+        }
+    }
+    convert::float_to_float(env, a)
+}
