@@ -1,11 +1,11 @@
 //! Between the formats, and between them and signed integers.
 
 use super::format::{Kind, Unpacked, propagate, round, round_bits, shift_right_sticky};
-use super::{Env, Float, IE, PE};
+use super::{Env, Float, IE, OE, PE, UE};
 
 /// A number of one format in another (CVTSS2SD, CVTSD2SS, FLD m32, FST m64 and the like).
 ///
-/// Widening reports denormal operands; narrowing reports them on SSE only, for the x87 stores without looking.
+/// Denormal operands are reported except by x87 stores. An x87 load takes place even when that is unmasked.
 pub(crate) fn float_to_float<S: Float, D: Float>(env: &mut Env, a: S) -> D {
     let u = a.operand(env);
     env.rounded_up = false;
@@ -15,8 +15,19 @@ pub(crate) fn float_to_float<S: Float, D: Float>(env: &mut Env, a: S) -> D {
         Kind::Finite => {}
         _ => return propagate(env, &u, &u),
     }
-    let store = env.x87 && S::PRECISION > D::PRECISION;
-    if !store && env.denormal(u.denormal) {
+    if env.x87 {
+        let store = S::PRECISION > D::PRECISION;
+        if !store {
+            env.denormal(u.denormal);
+        }
+        let value = round(env, u.sign, u.exp, u128::from(u.sig) << 64);
+        // A store that is prevented does not report what it would have lost.
+        if store && env.unmasked() & (OE | UE) != 0 {
+            env.raised &= !PE;
+        }
+        return value;
+    }
+    if env.denormal(u.denormal) {
         return D::INDEFINITE;
     }
     round(env, u.sign, u.exp, u128::from(u.sig) << 64)

@@ -332,10 +332,12 @@ pub(crate) fn round_to<F: Float>(
     if unbounded_exp > F::EMAX {
         if env.raise(OE) {
             env.raised |= if error.is_eq() { 0 } else { PE };
-            return finish(
-                unmasked_exp::<F>(unbounded_exp, -BIAS_ADJUST),
-                unbounded_sig,
-            );
+            if unbounded_exp - BIAS_ADJUST <= F::EMAX || !env.x87 {
+                return finish((unbounded_exp - BIAS_ADJUST).max(F::EMIN), unbounded_sig);
+            }
+            // Beyond even the adjusted range, which only FSCALE reaches: processors answer as if rounded up.
+            (env.raised, env.rounded_up) = (env.raised | PE, true);
+            return F::infinity(sign);
         }
         env.raised |= PE;
         env.rounded_up = match mode {
@@ -358,7 +360,11 @@ pub(crate) fn round_to<F: Float>(
     // Tiny after rounding as if the exponent had no bound.
     if !env.masks(UE) {
         env.raised |= UE | if error.is_eq() { 0 } else { PE };
-        return finish(unmasked_exp::<F>(unbounded_exp, BIAS_ADJUST), unbounded_sig);
+        if unbounded_exp + BIAS_ADJUST >= F::EMIN || !env.x87 {
+            return finish((unbounded_exp + BIAS_ADJUST).min(F::EMAX), unbounded_sig);
+        }
+        (env.raised, env.rounded_up) = (env.raised | PE, false);
+        return F::zero(sign);
     }
     if env.control & FTZ != 0 {
         env.raised |= UE | PE;
@@ -371,11 +377,6 @@ pub(crate) fn round_to<F: Float>(
     env.raised |= if error.is_eq() { 0 } else { UE | PE };
     // Rounding may have given the smallest normal number.
     F::from_parts(sign, (rounded >> 127) as i32, (rounded >> 64) as u64)
-}
-
-/// The exponent of an unmasked overflow or underflow result, kept inside the format whatever was asked.
-fn unmasked_exp<F: Float>(exp: i32, adjust: i32) -> i32 {
-    (exp + adjust).clamp(F::EMIN, F::EMAX)
 }
 
 /// The NaN that an operation on two operands gives, at least one of which is a NaN; raises IE as needed.

@@ -13,7 +13,7 @@ use super::arith::divide_significands;
 use super::compare::order;
 use super::format::{Kind, Unpacked, propagate, round};
 use super::wide::Wide;
-use super::{Env, F80, Float, IE, ZE};
+use super::{Env, F80, Float, IE, PE, UE, ZE};
 
 /// ln 2.
 const LN_2: Wide = Wide::constant(-1, 0xb17217f7_d1cf79ab_c9e3b398_03f2f6af);
@@ -95,6 +95,7 @@ pub(crate) fn f2xm1(env: &mut Env, a: F80) -> F80 {
         return a;
     }
     if u.exp >= 0 {
+        env.raised |= PE;
         // One itself is exact: 2 - 1, and 1/2 - 1.
         return match (u.exp == 0 && u.sig << 1 == 0, u.sign) {
             (true, true) => F80::from_parts(true, F80::EMAX - 1, 1 << 63),
@@ -127,6 +128,19 @@ fn log2(x: Wide) -> Wide {
     Wide::int(exp).add(log2_from_ratio(s))
 }
 
+/// `y * log2(x)` for finite `y` and positive `x` other than one.
+fn times_log2(env: &mut Env, x: Wide, y: &Unpacked) -> F80 {
+    if x.sig << 1 != 0 {
+        return finish(env, log2(x).mul(wide(y)));
+    }
+    // A power of two: the logarithm is an integer and the product may be exact.
+    let product = Wide::int(x.exp).mul(wide(y));
+    let value: F80 = round(env, product.sign, product.exp, product.sig);
+    // Processors report even exact results as inexact, and denormal ones as underflow.
+    env.raised |= if value.to_parts().1 == 0 { PE | UE } else { PE };
+    value
+}
+
 /// FYL2X: `y * log2(x)`, with `x` in ST0 and `y` in ST1.
 pub(crate) fn fyl2x(env: &mut Env, x: F80, y: F80) -> F80 {
     let (ux, uy) = (x.unpack(), y.unpack());
@@ -156,25 +170,23 @@ pub(crate) fn fyl2x(env: &mut Env, x: F80, y: F80) -> F80 {
     if uy.is_zero() || one {
         return F80::zero(uy.sign ^ below_one);
     }
-    if ux.sig << 1 == 0 {
-        // A power of two: the logarithm is an integer and the product may be exact.
-        let product = Wide::int(ux.exp).mul(wide(&uy));
-        return round(env, product.sign, product.exp, product.sig);
-    }
-    finish(env, log2(wide(&ux)).mul(wide(&uy)))
+    times_log2(env, wide(&ux), &uy)
 }
 
 /// FYL2XP1: `y * log2(x + 1)`, with `x` in ST0 and `y` in ST1.
 ///
-/// Defined by the architecture for `|x| < 1 - sqrt(1/2)`; computed for all `x > -1`. From -1 down IE is raised.
+/// Defined by the architecture for `|x| < 1 - sqrt(1/2)`; computed for all `x > -1`, and below that `x` comes back
+/// (with PE), both like on processors.
 pub(crate) fn fyl2xp1(env: &mut Env, x: F80, y: F80) -> F80 {
     let (ux, uy) = (x.unpack(), y.unpack());
     env.rounded_up = false;
     if ux.is_nan() || uy.is_nan() {
         return propagate(env, &ux, &uy);
     }
-    let beyond = ux.sign && (ux.is_infinite() || ux.kind == Kind::Finite && ux.exp >= 0);
-    if beyond || ux.is_zero() && uy.is_infinite() || ux.is_infinite() && uy.is_zero() {
+    if ux.is_infinite() && ux.sign
+        || ux.is_zero() && uy.is_infinite()
+        || ux.is_infinite() && uy.is_zero()
+    {
         return invalid(env);
     }
     if env.denormal(ux.denormal | uy.denormal) {
@@ -187,19 +199,22 @@ pub(crate) fn fyl2xp1(env: &mut Env, x: F80, y: F80) -> F80 {
     if ux.is_zero() || uy.is_zero() {
         return F80::zero(sign);
     }
+    if ux.sign && ux.exp >= 0 {
+        env.raised |= PE;
+        return x;
+    }
     let x = wide(&ux);
-    let log = if ux.exp < -2 {
-        log2_from_ratio(x.div(x.add(Wide::int(2))))
-    } else {
-        log2(x.add(Wide::ONE))
-    };
-    finish(env, log.mul(wide(&uy)))
+    if ux.exp < -2 {
+        let log = log2_from_ratio(x.div(x.add(Wide::int(2))));
+        return finish(env, log.mul(wide(&uy)));
+    }
+    times_log2(env, x.add(Wide::ONE), &uy)
 }
 
 /// `atan(q)` for `0 < q <= 1`.
 fn atan(q: Wide) -> Wide {
     // The nearest sixteenth.
-    let nearest = if q.exp < -6 {
+    let nearest = if q.exp < -5 {
         0
     } else {
         ((q.sig >> (122 - q.exp)) + 1) >> 1

@@ -155,14 +155,14 @@ pub(crate) fn extract(env: &mut Env, a: F80) -> (F80, F80) {
 
 /// The classes of FXAM as C3, C2 and C0 (bits 2, 1 and 0) of a register that is not empty.
 pub(crate) fn examine(a: F80) -> u8 {
-    let (_, biased, sig) = a.to_parts();
+    let (_, biased, _) = a.to_parts();
     match a.unpack().kind {
         Kind::Unsupported => 0b000,
         Kind::Quiet | Kind::Signaling => 0b001,
         Kind::Infinite => 0b011,
         Kind::Zero => 0b100,
-        Kind::Finite if biased == 0 && sig >> 63 == 0 => 0b110,
-        // Pseudo-denormals count as normal... decided by the leading bit.
+        // Pseudo-denormals included.
+        Kind::Finite if biased == 0 => 0b110,
         Kind::Finite => 0b010,
     }
 }
