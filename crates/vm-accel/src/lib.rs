@@ -1,1 +1,77 @@
-//! Placeholder.
+//! `vm-accel`: one API over every host's hypervisor.
+//!
+//! A VMM author writes one run loop; the same guest runs on Linux KVM, macOS Hypervisor.framework, Windows Hypervisor
+//! Platform or, where a host has none of them, a software CPU. [`probe`] says which of them this host has, and why not.
+//!
+//! # Quick start
+//!
+//! A guest of five instructions in real mode: it reads a port, adds two, writes the sum to another port and halts.
+//!
+//! ```
+//! use vm_accel::{Accel, AccelKind, GuestRegion, IoDirection, MemoryFlags, PlatformBackend, VcpuExit, x86_64::Segment};
+//!
+//! # fn main() -> vm_accel::VcpuResult<()> {
+//! // The first kind that works here. `probe()` tells why others do not.
+//! let Some(mut vm) = AccelKind::ALL.into_iter().find_map(|kind| PlatformBackend::new(kind).ok()) else {
+//!     println!("no backend: {:?}", vm_accel::probe());
+//!     return Ok(());
+//! };
+//! let memory = GuestRegion::anonymous(0x10000)?;
+//! memory.write(0x1000, &[0xe4, 0x10, 0x04, 0x02, 0xe6, 0x11, 0xf4])?; // in al, 0x10; add al, 2; out 0x11, al; hlt
+//! vm.map_memory(0, &memory, MemoryFlags::RAM)?;
+//!
+//! let mut vcpu = vm.create_vcpu(0)?;
+//! let x86 = vcpu.as_x86().expect("this guest is for x86-64");
+//! let mut sregs = x86.get_sregs()?;
+//! sregs.cs = Segment { segment_type: 0xb, ..Segment::real_mode(0) };
+//! x86.set_sregs(&sregs)?;
+//! let mut regs = vcpu.get_regs()?;
+//! regs.pc = 0x1000;
+//! vcpu.set_regs(&regs)?;
+//!
+//! loop {
+//!     match vcpu.run()? {
+//!         VcpuExit::Io { port: 0x10, direction: IoDirection::In, .. } => vcpu.complete_read(&[40])?,
+//!         VcpuExit::Io { port: 0x11, direction: IoDirection::Out, .. } => assert_eq!(vcpu.io_data()?, [42]),
+//!         VcpuExit::Halted => break,
+//!         other => panic!("unexpected: {other:?}"),
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Map
+//!
+//! * [`PlatformBackend`] is one virtual machine on one backend; [`Accel`] is what it can do; [`Capabilities`] what it
+//!   offers on this host.
+//! * [`VcpuOps`] is one virtual CPU; [`vcpu_common`] explains how an exit is answered.
+//! * [`GuestRegion`] is guest memory on the host, [`GuestMemory`] the guest physical address space as devices see it.
+//! * [`x86_64`] and [`aarch64`] name the registers and hold the architecture's groups of state.
+//! * [`AccelError`] keeps the operation and the platform's raw code, and says what to do.
+
+mod accel;
+mod error;
+pub mod event;
+mod ffi;
+mod macros;
+pub mod memory;
+#[cfg(feature = "mock")]
+pub mod mock;
+pub mod platform;
+mod regs;
+pub mod vcpu_common;
+
+pub use accel::{
+    Accel, AccelKind, Capabilities, GuestArch, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget,
+    MemoryFlags, MsiMessage, ProbeReport,
+};
+pub use error::{AccelError, InstructionBytes, RawCode, UnavailableReason, VcpuResult};
+pub use event::HostEvent;
+pub use memory::{DirtyBitmap, FileMapping, GuestMemory, GuestRegion};
+pub use platform::{PlatformBackend, probe, probe_kind};
+pub use regs::{FpuRegs, GuestRegs, RegMapping, aarch64, x86_64};
+pub use vcpu_common::{
+    BreakOn, DebugEvent, ExitHandler, FromGuestRegs, GuestDebug, HardwareBreakpoint, IoDirection, KickTarget,
+    PendingAccess, ToGuestRegs, VcpuExit, VcpuKick, VcpuOps,
+};
