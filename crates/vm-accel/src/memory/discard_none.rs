@@ -10,7 +10,11 @@ use crate::error::{AccelError, VcpuResult};
 ///
 /// # Safety
 /// None is needed; the Linux form of this function has requirements.
-pub(super) unsafe fn discard(_ptr: *mut u8, _len: usize, _backing: Option<FileMapping>) -> VcpuResult<()> {
+pub(super) unsafe fn discard(
+    _ptr: *mut u8,
+    _len: usize,
+    _backing: Option<FileMapping>,
+) -> VcpuResult<()> {
     Err(AccelError::Unsupported {
         kind: None,
         what: "discarding guest memory on this operating system",

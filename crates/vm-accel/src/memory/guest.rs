@@ -92,13 +92,18 @@ impl GuestMemory {
         if gpa % page != 0 {
             return Err(AccelError::invalid(
                 "guest physical address",
-                format!("{gpa:#x} of the region is not a multiple of the host's page size {page:#x}"),
+                format!(
+                    "{gpa:#x} of the region is not a multiple of the host's page size {page:#x}"
+                ),
             ));
         }
         let Some(end) = gpa.checked_add(region.size()) else {
             return Err(AccelError::invalid(
                 "guest physical address",
-                format!("a region of {:#x} bytes at {gpa:#x} ends beyond the address space", region.size()),
+                format!(
+                    "a region of {:#x} bytes at {gpa:#x} ends beyond the address space",
+                    region.size()
+                ),
             ));
         };
         let mut regions = self.lock_for_change();
@@ -160,9 +165,14 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if not all of the range is memory; `buf` is left alone then.
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> VcpuResult<()> {
-        self.access(gpa, buf.len() as u64, Access::Read, |region, offset, part| {
-            region.read(offset, &mut buf[part.start as usize..part.end as usize])
-        })
+        self.access(
+            gpa,
+            buf.len() as u64,
+            Access::Read,
+            |region, offset, part| {
+                region.read(offset, &mut buf[part.start as usize..part.end as usize])
+            },
+        )
     }
 
     /// Copies `data` into guest memory.
@@ -170,9 +180,14 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if not all of the range is memory that can be written; nothing is written then.
     pub fn write(&self, gpa: u64, data: &[u8]) -> VcpuResult<()> {
-        self.access(gpa, data.len() as u64, Access::Write, |region, offset, part| {
-            region.write(offset, &data[part.start as usize..part.end as usize])
-        })
+        self.access(
+            gpa,
+            data.len() as u64,
+            Access::Write,
+            |region, offset, part| {
+                region.write(offset, &data[part.start as usize..part.end as usize])
+            },
+        )
     }
 
     /// Sets `len` bytes of guest memory to `byte`.
@@ -225,7 +240,11 @@ impl GuestMemory {
         })
     }
 
-    fn with_region<R>(&self, gpa: u64, f: impl FnOnce(&GuestRegion, u64) -> VcpuResult<R>) -> VcpuResult<R> {
+    fn with_region<R>(
+        &self,
+        gpa: u64,
+        f: impl FnOnce(&GuestRegion, u64) -> VcpuResult<R>,
+    ) -> VcpuResult<R> {
         let regions = self.lock();
         let placed = &regions[holder(&regions, gpa).ok_or_else(|| nothing_at(gpa))?];
         f(&placed.region, gpa - placed.gpa)
@@ -264,7 +283,10 @@ impl GuestMemory {
 /// Index of the region that holds `gpa`.
 fn holder(regions: &[Placed], gpa: u64) -> Option<usize> {
     let at = regions.partition_point(|placed| placed.end() <= gpa);
-    regions.get(at).filter(|placed| placed.gpa <= gpa).map(|_| at)
+    regions
+        .get(at)
+        .filter(|placed| placed.gpa <= gpa)
+        .map(|_| at)
 }
 
 /// The regions that hold a range, or an error that names the first address without memory for the access.
@@ -303,7 +325,10 @@ fn locate(regions: &[Placed], gpa: u64, len: u64, access: Access) -> VcpuResult<
 }
 
 fn nothing_at(gpa: u64) -> AccelError {
-    AccelError::invalid("guest physical address", format!("no memory is at {gpa:#x}"))
+    AccelError::invalid(
+        "guest physical address",
+        format!("no memory is at {gpa:#x}"),
+    )
 }
 
 impl fmt::Debug for GuestMemory {

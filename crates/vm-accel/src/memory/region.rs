@@ -70,12 +70,20 @@ impl GuestRegion {
     /// [`AccelError::InvalidArgument`] if `size` is as [`anonymous`](Self::anonymous) does not take it, `offset` is not a
     /// multiple of [`host_page_size`], the range ends beyond the file's end, or it is no regular file;
     /// [`AccelError::Host`] if the operating system refuses, for instance because the file is not open for writing.
-    pub fn from_file(file: &File, offset: u64, size: u64, mapping: FileMapping) -> VcpuResult<Self> {
+    pub fn from_file(
+        file: &File,
+        offset: u64,
+        size: u64,
+        mapping: FileMapping,
+    ) -> VcpuResult<Self> {
         let len = check_size(size)?;
         if offset % host_page_size() != 0 {
             return Err(AccelError::invalid(
                 "file offset",
-                format!("{offset:#x} is not a multiple of the host's page size {:#x}", host_page_size()),
+                format!(
+                    "{offset:#x} is not a multiple of the host's page size {:#x}",
+                    host_page_size()
+                ),
             ));
         }
         let metadata = file
@@ -87,13 +95,22 @@ impl GuestRegion {
                 "it is not a regular file, so its length is not known",
             ));
         }
-        if offset.checked_add(size).is_none_or(|end| end > metadata.len()) {
+        if offset
+            .checked_add(size)
+            .is_none_or(|end| end > metadata.len())
+        {
             return Err(AccelError::invalid(
                 "file range",
-                format!("{size:#x} bytes at {offset:#x} end beyond the file's {:#x} bytes", metadata.len()),
+                format!(
+                    "{size:#x} bytes at {offset:#x} end beyond the file's {:#x} bytes",
+                    metadata.len()
+                ),
             ));
         }
-        Ok(Self::new(Mapping::file(file, offset, len, mapping)?, Some(mapping)))
+        Ok(Self::new(
+            Mapping::file(file, offset, len, mapping)?,
+            Some(mapping),
+        ))
     }
 
     fn new(mapping: Mapping, backing: Option<FileMapping>) -> Self {
@@ -241,7 +258,9 @@ impl GuestRegion {
         if offset % page != 0 || len % page != 0 {
             return Err(AccelError::invalid(
                 "range to discard",
-                format!("{len:#x} bytes at {offset:#x} are not aligned to the host's page size {page:#x}"),
+                format!(
+                    "{len:#x} bytes at {offset:#x} are not aligned to the host's page size {page:#x}"
+                ),
             ));
         }
         // SAFETY: the range was checked, the mapping is alive, and its backing is what it was made with.
@@ -292,11 +311,14 @@ impl GuestRegion {
     }
 
     /// The address of `len` bytes at `offset` if they lie within the region.
-    fn range(&self, offset: u64, len: u64) -> VcpuResult<*mut u8> {
+    pub(super) fn range(&self, offset: u64, len: u64) -> VcpuResult<*mut u8> {
         if offset.checked_add(len).is_none_or(|end| end > self.size()) {
             return Err(AccelError::invalid(
                 "region range",
-                format!("{len:#x} bytes at {offset:#x} do not lie within the region's {:#x} bytes", self.size()),
+                format!(
+                    "{len:#x} bytes at {offset:#x} do not lie within the region's {:#x} bytes",
+                    self.size()
+                ),
             ));
         }
         // SAFETY: offset is at most the mapping's length, which fits isize (`check_size`).
@@ -341,9 +363,12 @@ fn check_size(size: u64) -> VcpuResult<usize> {
         ));
     }
     // Offsets of pointers are isize.
-    isize::try_from(size)
-        .map(isize::unsigned_abs)
-        .map_err(|_| AccelError::invalid("region size", format!("{size:#x} bytes is more than the host can map")))
+    isize::try_from(size).map(isize::unsigned_abs).map_err(|_| {
+        AccelError::invalid(
+            "region size",
+            format!("{size:#x} bytes is more than the host can map"),
+        )
+    })
 }
 
 impl fmt::Debug for GuestRegion {

@@ -61,7 +61,10 @@ fn byte(region: &GuestRegion, offset: u64) -> u8 {
 #[track_caller]
 fn assert_invalid<T: fmt::Debug>(result: VcpuResult<T>, text: &str) {
     let error = result.unwrap_err();
-    assert!(matches!(error, AccelError::InvalidArgument { .. }), "{error:?}");
+    assert!(
+        matches!(error, AccelError::InvalidArgument { .. }),
+        "{error:?}"
+    );
     assert!(error.to_string().contains(text), "{error} lacks {text}");
 }
 
@@ -89,7 +92,10 @@ fn sizes_that_are_no_pages_are_refused() {
     for size in [0, 1, host_page_size() - 1, host_page_size() + 1, u64::MAX] {
         assert_invalid(GuestRegion::anonymous(size), "page size");
     }
-    assert_invalid(GuestRegion::anonymous(1 << 63), "more than the host can map");
+    assert_invalid(
+        GuestRegion::anonymous(1 << 63),
+        "more than the host can map",
+    );
 }
 
 #[test]
@@ -123,11 +129,17 @@ fn accesses_outside_the_region_are_refused() {
         assert_invalid(region.mark_dirty(offset, 4), "do not lie within");
     }
     assert_invalid(region.fill(0, u64::MAX, 1), "do not lie within");
-    assert_invalid(region.load::<u64>(size, Ordering::Relaxed), "do not lie within");
+    assert_invalid(
+        region.load::<u64>(size, Ordering::Relaxed),
+        "do not lie within",
+    );
     region.read(size, &mut []).unwrap();
     let mut all = vec![0; size as usize];
     region.read(0, &mut all).unwrap();
-    assert!(all.iter().all(|byte| *byte == 0), "a refused write left traces");
+    assert!(
+        all.iter().all(|byte| *byte == 0),
+        "a refused write left traces"
+    );
 }
 
 #[test]
@@ -138,10 +150,16 @@ fn shared_file_writes_reach_the_file_and_other_mappings() {
     let other = GuestRegion::from_file(&file.file, 0, 3 * page, FileMapping::Shared).unwrap();
     assert_eq!(byte(&region, 0), 2);
     region.write(page - 1, &[0xaa, 0xbb]).unwrap();
-    assert_eq!((byte(&other, 2 * page - 1), byte(&other, 2 * page)), (0xaa, 0xbb));
+    assert_eq!(
+        (byte(&other, 2 * page - 1), byte(&other, 2 * page)),
+        (0xaa, 0xbb)
+    );
     drop((region, other));
     let contents = file.contents();
-    assert_eq!(contents[2 * page as usize - 1..=2 * page as usize], [0xaa, 0xbb]);
+    assert_eq!(
+        contents[2 * page as usize - 1..=2 * page as usize],
+        [0xaa, 0xbb]
+    );
     assert_eq!(contents.len() as u64, 3 * page);
 }
 
@@ -150,11 +168,13 @@ fn copy_on_write_leaves_the_file_alone() {
     let page = host_page_size();
     let before = numbered_pages(2);
     let file = TempFile::new(&before);
-    let region = GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
+    let region =
+        GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
     assert!(region.is_writable());
     region.fill(0, page, 0x77).unwrap();
     assert_eq!(byte(&region, page - 1), 0x77);
-    let fresh = GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
+    let fresh =
+        GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
     assert_eq!(byte(&fresh, 0), 2);
     assert_eq!(file.contents(), before);
 }
@@ -183,15 +203,27 @@ fn read_only_memory_refuses_every_write_and_can_be_loaded() {
 fn file_ranges_that_are_not_there_are_refused() {
     let page = host_page_size();
     let file = TempFile::new(&numbered_pages(2)[1..]);
-    for (offset, size) in [(0, 2 * page), (page, page), (4 * page, page), (u64::MAX - page + 1, page)] {
+    for (offset, size) in [
+        (0, 2 * page),
+        (page, page),
+        (4 * page, page),
+        (u64::MAX - page + 1, page),
+    ] {
         assert_invalid(
             GuestRegion::from_file(&file.file, offset, size, FileMapping::Shared),
             "beyond the file's",
         );
     }
-    assert_invalid(GuestRegion::from_file(&file.file, 1, page, FileMapping::Shared), "page size");
-    assert_invalid(GuestRegion::from_file(&file.file, 0, 0, FileMapping::Shared), "page size");
-    let error = GuestRegion::from_file(&file.read_only(), 0, page, FileMapping::Shared).unwrap_err();
+    assert_invalid(
+        GuestRegion::from_file(&file.file, 1, page, FileMapping::Shared),
+        "page size",
+    );
+    assert_invalid(
+        GuestRegion::from_file(&file.file, 0, 0, FileMapping::Shared),
+        "page size",
+    );
+    let error =
+        GuestRegion::from_file(&file.read_only(), 0, page, FileMapping::Shared).unwrap_err();
     assert!(matches!(error, AccelError::Host { .. }), "{error:?}");
 }
 
@@ -254,14 +286,18 @@ fn every_kind_of_host_write_is_recorded() {
     region.fill(3 * page, page + 1, 0).unwrap();
     region.store(6 * page, 0u64, Ordering::Relaxed).unwrap();
     let exchange = |offset, current: u8| {
-        let answer = region.compare_exchange(offset, current, 9, Ordering::Relaxed, Ordering::Relaxed);
+        let answer =
+            region.compare_exchange(offset, current, 9, Ordering::Relaxed, Ordering::Relaxed);
         answer.unwrap().is_ok()
     };
     assert!(exchange(8 * page, 0) && !exchange(9 * page, 1));
     region.mark_dirty(11 * page, 0).unwrap();
     region.mark_dirty(12 * page, 1).unwrap();
     let dirty = region.take_host_dirty();
-    let pages: Vec<_> = dirty.ranges().map(|range| range.start / page..range.end / page).collect();
+    let pages: Vec<_> = dirty
+        .ranges()
+        .map(|range| range.start / page..range.end / page)
+        .collect();
     assert_eq!(pages, vec![0..2, 3..5, 6..7, 8..9, 12..13]);
     assert_eq!((dirty.base(), dirty.size()), (0, region.size()));
     assert!(region.take_host_dirty().is_clean());
@@ -273,18 +309,28 @@ fn discarded_pages_fall_back_to_zeros_or_the_file() {
     let page = host_page_size();
     let file = TempFile::new(&numbered_pages(2));
     let anonymous = GuestRegion::anonymous(2 * page).unwrap();
-    let private = GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::CopyOnWrite).unwrap();
+    let private =
+        GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::CopyOnWrite).unwrap();
     for (region, expected) in [(anonymous, 0), (private, 2)] {
         region.fill(0, 2 * page, 0xcc).unwrap();
         region.track_dirty(true);
         region.discard(page, page).unwrap();
-        assert_eq!((byte(&region, page - 1), byte(&region, page)), (0xcc, expected));
-        assert_eq!(region.take_host_dirty().ranges().next(), Some(page..2 * page));
+        assert_eq!(
+            (byte(&region, page - 1), byte(&region, page)),
+            (0xcc, expected)
+        );
+        assert_eq!(
+            region.take_host_dirty().ranges().next(),
+            Some(page..2 * page)
+        );
         assert_invalid(region.discard(1, page), "aligned");
         assert_invalid(region.discard(page, 2 * page), "do not lie within");
     }
     let shared = GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::Shared).unwrap();
-    assert!(matches!(shared.discard(0, page), Err(AccelError::Unsupported { .. })));
+    assert!(matches!(
+        shared.discard(0, page),
+        Err(AccelError::Unsupported { .. })
+    ));
 }
 
 #[test]
@@ -305,7 +351,10 @@ fn aligned_words_never_tear_between_threads() {
         for _ in 0..20_000 {
             let mut bytes = [0; 8];
             region.read(8, &mut bytes).unwrap();
-            assert!(PATTERNS.contains(&u64::from_le_bytes(bytes)), "torn: {bytes:x?}");
+            assert!(
+                PATTERNS.contains(&u64::from_le_bytes(bytes)),
+                "torn: {bytes:x?}"
+            );
         }
     });
 }
@@ -320,7 +369,10 @@ fn no_host_write_is_missing_from_the_records_taken_meanwhile() {
     let take = |copy: &mut [u8]| {
         for range in region.take_host_dirty().ranges() {
             region
-                .read(range.start, &mut copy[range.start as usize..range.end as usize])
+                .read(
+                    range.start,
+                    &mut copy[range.start as usize..range.end as usize],
+                )
                 .unwrap();
         }
     };
