@@ -10,10 +10,11 @@ mod elf;
 pub mod world;
 
 pub use demo::demo;
+/// What the closures of [`assemble`] fail with.
+pub use iced_x86::IcedError;
 /// The assembler that [`assemble`] drives: register names, memory operands, labels.
 pub use iced_x86::code_asm as asm;
 
-use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
 
 /// Operand and address size of a program.

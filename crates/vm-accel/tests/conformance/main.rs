@@ -1,0 +1,32 @@
+//! The conformance suite: one list of cases, run on every backend that this host offers.
+//!
+//! A case is a function over the neutral API; it never asks which backend it runs on. What a backend may honestly lack
+//! is declared beside the case and judged by the backend's capabilities; what a peculiar host provably cannot do stands in
+//! [`exceptions`], each line with its reason. No case asserts a time; every case has a deadline.
+//!
+//! ```text
+//! cargo test -p vm-accel --test conformance                 all
+//! cargo test -p vm-accel --test conformance -- kvm::mmio    one theme on one backend
+//! VM_ACCEL_REQUIRE=kvm,soft cargo test …                    a backend that is not there is a failure
+//! ```
+
+mod exceptions;
+mod harness;
+mod mmio;
+mod pio;
+
+use harness::runner::{Theme, main as run};
+use std::process::ExitCode;
+use vm_accel::GuestArch::X86_64;
+
+macro_rules! themes {
+    ($($arch:ident $name:ident),* $(,)?) => {
+        &[$(Theme { name: stringify!($name), arch: $arch, cases: $name::CASES }),*]
+    };
+}
+
+const THEMES: &[Theme] = themes![X86_64 pio, X86_64 mmio];
+
+fn main() -> ExitCode {
+    run(THEMES, exceptions::TABLE)
+}
