@@ -24,6 +24,11 @@ pub enum Outcome {
         /// The vCPU.
         cpu: u32,
     },
+    /// The guest reported to the platform that it crashed.
+    Crash {
+        /// The vCPU that did.
+        cpu: u32,
+    },
     /// The time limit of the run has passed.
     Timeout,
     /// The host asked for it.
@@ -39,6 +44,7 @@ impl fmt::Display for Outcome {
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::ExitPort(value) => write!(f, "the guest wrote {value:#x} to the exit port"),
             Self::TripleFault { cpu } => write!(f, "triple fault on vCPU {cpu}"),
+            Self::Crash { cpu } => write!(f, "the guest reported a crash on vCPU {cpu}"),
             Self::Timeout => f.write_str("the time limit has passed"),
             Self::Stopped => f.write_str("stopped by the host"),
             Self::Failed(failure) => failure.fmt(f),
@@ -73,6 +79,14 @@ pub enum Failure {
     HaltedForever {
         /// The vCPU that halted last.
         cpu: u32,
+    },
+    /// The operating system has no thread for a vCPU.
+    #[error("vCPU {cpu}: cannot start a thread for it: {message}")]
+    Thread {
+        /// The vCPU.
+        cpu: u32,
+        /// What the operating system said.
+        message: String,
     },
     /// The thread of a vCPU panicked: a bug of this program.
     #[error("vCPU {cpu}: its thread panicked: {message}")]

@@ -1,0 +1,495 @@
+//! A whole machine: RAM, board and vCPUs on one accelerator, from its configuration to its end.
+//!
+//! # Threads
+//!
+//! [`Machine::run`] starts one thread per vCPU. Each sets up its vCPU, waits until all have, runs it, and drops it: some
+//! platforms bind a vCPU to the thread that first uses it. The calling thread waits for the end, kicks every vCPU and
+//! joins every thread; none outlives the call. A thread can only be late if the guest's output blocks, that is, as
+//! long as the sink that the caller supplied does.
+
+use std::any::Any;
+use std::fmt;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use vm_accel::x86_64::X86Msr;
+use vm_accel::{
+    Accel, AccelError, GuestArch, GuestMemory, GuestRegion, IrqChip, IrqHandle, MemoryFlags,
+    VcpuKick, VcpuOps,
+};
+
+use crate::boot::{
+    BootKind, BootPlan, BootRequest, BootState, DEFAULT_FLAT_ADDRESS, MemorySink, Module, Protocol,
+    X86BootState,
+};
+use crate::bus::lock;
+use crate::control::{Control, Failure, Outcome};
+use crate::cpuid;
+use crate::devices::acpi_pm::AcpiPm;
+use crate::devices::uart::UartInput;
+use crate::error::MachineError;
+use crate::irq::{IrqLine, IrqPin};
+use crate::pc::memory::{ACPI_ADDRESS, ONE_MIB, RamLayout, SHADOW};
+use crate::pc::{self, Board, acpi};
+use crate::runloop::{self, Buses};
+
+/// IA32_MTRR_DEF_TYPE (Intel SDM vol. 3, 12.11.2.1).
+const MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs on, everything write-back: what firmware leaves to an operating system.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// How a machine is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// RAM in bytes: a multiple of 64 KiB, at least 2 MiB.
+    pub memory: u64,
+    /// Number of CPUs, at least one.
+    pub cpus: u32,
+}
+
+impl Default for MachineConfig {
+    /// 512 MiB and one CPU.
+    fn default() -> Self {
+        Self {
+            memory: 512 << 20,
+            cpus: 1,
+        }
+    }
+}
+
+/// What the machine boots.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest<'a> {
+    /// Which boot protocol to use.
+    pub kind: BootKind,
+    /// The kernel or firmware image.
+    pub image: &'a [u8],
+    /// A name for the image, see [`BootRequest::name`].
+    pub name: &'a str,
+    /// The command line.
+    pub cmdline: &'a str,
+    /// Modules; the first is the initial RAM disk of Linux.
+    pub modules: &'a [Module<'a>],
+    /// Where a flat binary is loaded and begins.
+    pub flat_address: u64,
+}
+
+impl<'a> Guest<'a> {
+    /// An image of which everything else is left to detection and defaults.
+    #[must_use]
+    pub fn new(image: &'a [u8]) -> Self {
+        Self {
+            kind: BootKind::Auto,
+            image,
+            name: "kernel",
+            cmdline: "",
+            modules: &[],
+            flat_address: DEFAULT_FLAT_ADDRESS,
+        }
+    }
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    // Declared before the accelerator and so dropped before it.
+    vcpus: Vec<Box<dyn VcpuOps>>,
+    accel: Box<dyn Accel>,
+    memory: GuestMemory,
+    board: Board,
+    control: Control,
+    state: X86BootState,
+    protocol: Protocol,
+}
+
+/// What happens when a device drives an interrupt line.
+struct Gsi {
+    handle: IrqHandle,
+    gsi: u32,
+    control: Control,
+}
+
+impl IrqLine for Gsi {
+    fn set_level(&self, asserted: bool) {
+        if let Err(source) = self.handle.set_line(self.gsi, asserted) {
+            self.control.finish(Outcome::Failed(Failure::Interrupt {
+                gsi: self.gsi,
+                source,
+            }));
+        }
+    }
+}
+
+impl MemorySink for &GuestMemory {
+    type Error = AccelError;
+
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), AccelError> {
+        GuestMemory::write(self, gpa, data)
+    }
+
+    fn zero(&mut self, gpa: u64, len: u64) -> Result<(), AccelError> {
+        self.fill(gpa, len, 0)
+    }
+}
+
+impl Machine {
+    /// Builds a board `pc` on `accel`, a fresh virtual machine, and puts `guest` into it.
+    ///
+    /// `serial` takes what the guest writes to its serial port, byte by byte; if it blocks, the guest waits, and if it
+    /// fails, the machine ends.
+    ///
+    /// Interrupt controllers are the accelerator's where it has them; without, the guest gets no interrupts and a HLT
+    /// ends the machine with [`Failure::HaltedForever`].
+    ///
+    /// # Errors
+    /// [`MachineError`], if the machine cannot be as `config` asks, or `guest` is nothing that it can boot.
+    pub fn new(
+        mut accel: Box<dyn Accel>,
+        config: &MachineConfig,
+        guest: &Guest<'_>,
+        serial: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        let capabilities = accel.capabilities();
+        if capabilities.guest_arch != GuestArch::X86_64 {
+            let what = "the board pc, which needs x86-64 guests,";
+            return Err(MachineError::accel("building the board")(
+                accel.unsupported(what),
+            ));
+        }
+        let most = capabilities
+            .max_vcpus
+            .min(capabilities.max_vcpu_id)
+            .min(pc::MAX_CPUS);
+        if config.cpus == 0 || config.cpus > most {
+            return Err(MachineError::Cpus {
+                count: config.cpus,
+                most,
+            });
+        }
+        let kernel_irqchip = capabilities.kernel_irqchip;
+        let ram = RamLayout::new(config.memory, capabilities.guest_phys_bits)?;
+        let map = ram.map()?;
+        // Everything that depends on the guest's file comes first: it fails most often and costs least.
+        let plan = BootRequest {
+            kind: guest.kind,
+            name: guest.name,
+            cmdline: guest.cmdline,
+            modules: guest.modules,
+            acpi_rsdp: Some(ACPI_ADDRESS.into()),
+            flat_address: guest.flat_address,
+            ..BootRequest::new(GuestArch::X86_64, guest.image, &map)
+        }
+        .plan()?;
+        let BootState::X86(state) = plan.state else {
+            let what = "the board pc, for a guest that is not x86-64,";
+            return Err(MachineError::accel("building the board")(
+                accel.unsupported(what),
+            ));
+        };
+
+        let memory = ram.allocate()?;
+        fill_memory(&memory, &plan, config.cpus)?;
+        for (gpa, region) in memory.regions() {
+            accel
+                .map_memory(gpa, &region, MemoryFlags::RAM)
+                .map_err(MachineError::accel("giving the guest its memory"))?;
+        }
+        for (gpa, region) in roms(&plan)? {
+            accel
+                .map_memory(gpa, &region, MemoryFlags::ROM)
+                .map_err(MachineError::accel("giving the guest its firmware"))?;
+            memory
+                .insert(gpa, region)
+                .map_err(MachineError::accel("giving the guest its firmware"))?;
+        }
+
+        let control = Control::new();
+        let interrupts = if kernel_irqchip {
+            accel
+                .create_irqchip(IrqChip::Kernel)
+                .map_err(MachineError::accel("creating the interrupt controllers"))?;
+            Some(
+                accel
+                    .irq_handle()
+                    .map_err(MachineError::accel("connecting the interrupt lines"))?,
+            )
+        } else {
+            None
+        };
+        let pin = |gsi| match &interrupts {
+            Some(handle) => IrqPin::new(Arc::new(Gsi {
+                handle: handle.clone(),
+                gsi,
+                control: control.clone(),
+            })),
+            None => IrqPin::unconnected(),
+        };
+        let board = Board::new(ram, &map, config.cpus, pin, serial, &control)?;
+        let vcpus = (0..config.cpus)
+            .map(|id| {
+                accel
+                    .create_vcpu(id)
+                    .map_err(MachineError::accel("creating a vCPU"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            vcpus,
+            accel,
+            memory,
+            board,
+            control,
+            state,
+            protocol: plan.protocol,
+        })
+    }
+
+    /// The machine's end: to stop it from another thread, or to see why it ended.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// The host's end of the serial port's receive line.
+    #[must_use]
+    pub fn serial_input(&self) -> UartInput {
+        UartInput::new(self.board.uart.clone())
+    }
+
+    /// The power button, with which the host asks the guest's operating system to shut down.
+    #[must_use]
+    pub fn power_button(&self) -> PowerButton {
+        PowerButton(self.board.pm.clone())
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+
+    /// The boot protocol that is used: the detected one if detection was asked for.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// Runs the machine to its end, or for `limit` at most.
+    ///
+    /// Whatever happens to it is in the [`Outcome`]; also a vCPU that fails or panics. When this returns all
+    /// threads are joined, and [`serial_input`](Self::serial_input) takes no more.
+    #[must_use]
+    pub fn run(self, limit: Option<Duration>) -> Outcome {
+        let Self {
+            vcpus,
+            accel,
+            memory,
+            board,
+            control,
+            state,
+            ..
+        } = self;
+        let outcome = run_vcpus(vcpus, &board, &control, limit, |vcpu, cpus| {
+            set_up(vcpu, &state, cpus)
+        });
+        UartInput::new(board.uart.clone()).close();
+        drop((accel, memory));
+        outcome
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("accel", &self.accel)
+            .field("cpus", &self.vcpus.len())
+            .field("protocol", &self.protocol)
+            .field("board", &self.board)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The power button of a machine.
+#[derive(Debug, Clone)]
+pub struct PowerButton(Arc<Mutex<AcpiPm>>);
+
+impl PowerButton {
+    /// Presses it. A guest without ACPI does not notice.
+    pub fn press(&self) {
+        lock(&self.0).press_power_button();
+    }
+}
+
+/// Writes the guest and the ACPI tables.
+fn fill_memory(memory: &GuestMemory, plan: &BootPlan<'_>, cpus: u32) -> Result<(), MachineError> {
+    let write = MachineError::accel("writing the guest to its memory");
+    let mut sink = memory;
+    plan.load(&mut sink).map_err(&write)?;
+    for mapping in plan
+        .mappings
+        .iter()
+        .filter(|mapping| in_shadow(mapping.gpa))
+    {
+        memory.write(mapping.gpa, mapping.data).map_err(&write)?;
+    }
+    // Firmware has the place of the tables, and makes its own.
+    if !plan.mappings.iter().any(|mapping| in_shadow(mapping.gpa)) {
+        let tables = acpi::build(ACPI_ADDRESS, cpus);
+        memory
+            .write(tables.address.into(), &tables.bytes)
+            .map_err(&write)?;
+    }
+    Ok(())
+}
+
+/// Whether a mapping belongs into the RAM below 1 MiB that the guest's memory map reserves.
+fn in_shadow(gpa: u64) -> bool {
+    (SHADOW..ONE_MIB).contains(&gpa)
+}
+
+/// The read-only regions outside RAM that the plan asks for.
+fn roms(plan: &BootPlan<'_>) -> Result<Vec<(u64, GuestRegion)>, MachineError> {
+    let during = MachineError::accel("giving the guest its firmware");
+    let mappings = plan
+        .mappings
+        .iter()
+        .filter(|mapping| !in_shadow(mapping.gpa));
+    mappings
+        .map(|mapping| {
+            let region = GuestRegion::anonymous(mapping.data.len() as u64).map_err(&during)?;
+            region.write(0, mapping.data).map_err(&during)?;
+            Ok((mapping.gpa, region))
+        })
+        .collect()
+}
+
+/// Brings a vCPU into the state in which the guest begins.
+fn set_up(vcpu: &mut dyn VcpuOps, boot: &X86BootState, cpus: u32) -> Result<(), AccelError> {
+    let cpu = vcpu.get_id();
+    let unsupported = vcpu.unsupported("x86-64 state");
+    let x86 = vcpu.as_x86().ok_or(unsupported)?;
+    let supported = x86.supported_cpuid()?;
+    x86.set_cpuid(&cpuid::for_cpu(&supported, cpu, cpus))?;
+    // Memory types make no difference to a guest without device memory; a backend without this MSR is as good.
+    match x86.set_msrs(&[X86Msr {
+        index: MTRR_DEF_TYPE,
+        value: MTRR_WRITE_BACK,
+    }]) {
+        Ok(()) | Err(AccelError::Msr { .. } | AccelError::Unsupported { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    if cpu == 0 {
+        let sregs = boot.over(&x86.get_sregs()?);
+        x86.set_sregs(&sregs)?;
+        vcpu.set_regs(&boot.regs)?;
+    }
+    Ok(())
+}
+
+/// Opens once for all.
+#[derive(Debug, Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *lock(&self.open) = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        let mut open = lock(&self.open);
+        while !*open {
+            open = self
+                .changed
+                .wait(open)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Runs each of `vcpus` in a thread of its own, after `set_up`, until the machine of `control` has ended.
+fn run_vcpus(
+    vcpus: Vec<Box<dyn VcpuOps>>,
+    board: &Board,
+    control: &Control,
+    limit: Option<Duration>,
+    set_up: impl Fn(&mut dyn VcpuOps, u32) -> Result<(), AccelError> + Sync,
+) -> Outcome {
+    let cpus = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
+    let buses = Buses {
+        ports: &board.ports,
+        mmio: &board.mmio,
+    };
+    let (gate, (ready, all_ready)) = (Gate::default(), mpsc::channel::<()>());
+    thread::scope(|scope| {
+        let mut kicks: Vec<VcpuKick> = Vec::new();
+        for mut vcpu in vcpus {
+            let cpu = vcpu.get_id();
+            let started = vcpu
+                .kick_handle()
+                .map_err(|source| fail(cpu, "taking its kick handle", source))
+                .and_then(|kick| {
+                    kicks.push(kick);
+                    let (ready, gate, set_up) = (ready.clone(), &gate, &set_up);
+                    let body = move || {
+                        let run = || {
+                            let result = set_up(vcpu.as_mut(), cpus);
+                            drop(ready);
+                            if let Err(source) = result {
+                                control.finish(fail(cpu, "setting it up", source));
+                            }
+                            gate.wait();
+                            runloop::run(vcpu.as_mut(), buses, control);
+                        };
+                        if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+                            let message = panic_message(panic.as_ref());
+                            control.finish(Outcome::Failed(Failure::Panicked { cpu, message }));
+                        }
+                    };
+                    let thread = thread::Builder::new().name(format!("vcpu{cpu}"));
+                    thread.spawn_scoped(scope, body).map_err(|error| {
+                        Outcome::Failed(Failure::Thread {
+                            cpu,
+                            message: error.to_string(),
+                        })
+                    })
+                });
+            if let Err(outcome) = started {
+                control.finish(outcome);
+                break;
+            }
+        }
+        // Nobody sends: this returns when every thread has dropped its end, by a panic if need be.
+        drop(ready);
+        let _ = all_ready.recv();
+        gate.open();
+        let outcome = control.wait(limit);
+        kicks.iter().for_each(VcpuKick::kick);
+        outcome
+    })
+}
+
+fn fail(cpu: u32, during: &str, source: AccelError) -> Outcome {
+    Outcome::Failed(Failure::Vcpu {
+        cpu,
+        during: during.to_owned(),
+        source,
+    })
+}
+
+/// What a panic said, if it said something.
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -1,0 +1,130 @@
+//! The loop of one vCPU: runs the guest and serves its exits until the machine has ended.
+//!
+//! It must leave whenever the machine's [`Control`] says so, and put into it every reason of its own; it never unwinds
+//! or panics on what a guest does.
+
+use vm_accel::x86_64::Reg;
+use vm_accel::{AccelError, IoDirection, VcpuExit, VcpuOps};
+
+use crate::bus::Bus;
+use crate::control::{Control, Failure, Outcome};
+
+/// What a call that no hypervisor implements leaves in RAX: KVM's `-KVM_ENOSYS` (Linux `uapi/linux/kvm_para.h`).
+const NO_SUCH_HYPERCALL: u64 = (-1000i64) as u64;
+
+/// What the exits of a guest lead to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Buses<'a> {
+    pub(crate) ports: &'a Bus,
+    pub(crate) mmio: &'a Bus,
+}
+
+/// Runs `vcpu` until the machine of `control` has ended, for its own reasons or others'.
+pub(crate) fn run(vcpu: &mut dyn VcpuOps, buses: Buses<'_>, control: &Control) {
+    let cpu = vcpu.get_id();
+    let fail = |during: String, source| {
+        Outcome::Failed(Failure::Vcpu {
+            cpu,
+            during,
+            source,
+        })
+    };
+    // Most accesses fit; a string instruction with REP can be longer.
+    let mut buffer = Vec::with_capacity(8);
+    // The order matters: whoever ends the machine sets the latch first and kicks then, and a kick is sticky. So either
+    // the latch is seen here, or the kick makes run() return.
+    while !control.is_finished() {
+        let step = match vcpu.run() {
+            Ok(exit) => serve(vcpu, exit, buses, &mut buffer)
+                .map_err(|source| fail(describe(vcpu, exit), source)),
+            Err(source) => Err(fail("run".to_owned(), source)),
+        };
+        if let Some(outcome) = step.unwrap_or_else(Some) {
+            control.finish(outcome);
+        }
+    }
+}
+
+/// Serves one exit. `Some` ends the machine.
+fn serve(
+    vcpu: &mut dyn VcpuOps,
+    exit: VcpuExit,
+    buses: Buses<'_>,
+    buffer: &mut Vec<u8>,
+) -> Result<Option<Outcome>, AccelError> {
+    let cpu = vcpu.get_id();
+    match exit {
+        VcpuExit::Io {
+            port,
+            direction: IoDirection::Out,
+            size,
+        } => {
+            vcpu.io_data()?
+                .chunks(element(size))
+                .for_each(|data| buses.ports.write(port.into(), data));
+        }
+        VcpuExit::Io {
+            port,
+            direction: IoDirection::In,
+            size,
+        } => {
+            vcpu.prepare_read(buffer);
+            buffer
+                .chunks_mut(element(size))
+                .for_each(|data| buses.ports.read(port.into(), data));
+            vcpu.complete_read(buffer)?;
+        }
+        VcpuExit::Mmio {
+            addr,
+            is_write: true,
+            ..
+        } => buses.mmio.write(addr, vcpu.io_data()?),
+        VcpuExit::Mmio {
+            addr,
+            is_write: false,
+            ..
+        } => {
+            vcpu.prepare_read(buffer);
+            buses.mmio.read(addr, buffer);
+            vcpu.complete_read(buffer)?;
+        }
+        // A kick (the loop looks at the latch), or a window that somebody asked for earlier.
+        VcpuExit::Interrupt | VcpuExit::InterruptWindow => {}
+        VcpuExit::SystemCall => {
+            let mut regs = vcpu.get_regs()?;
+            regs.gpr[Reg::Rax as usize] = NO_SUCH_HYPERCALL;
+            vcpu.set_regs(&regs)?;
+        }
+        VcpuExit::Msr { .. } => vcpu.fail_access()?,
+        VcpuExit::Shutdown => return Ok(Some(Outcome::Shutdown)),
+        VcpuExit::Reset => return Ok(Some(Outcome::Reset)),
+        VcpuExit::TripleFault => return Ok(Some(Outcome::TripleFault { cpu })),
+        VcpuExit::Crash => return Ok(Some(Outcome::Crash { cpu })),
+        VcpuExit::Halted => return Ok(Some(Outcome::Failed(Failure::HaltedForever { cpu }))),
+        _ => {
+            let exit = describe(vcpu, exit);
+            return Ok(Some(Outcome::Failed(Failure::UnexpectedExit { cpu, exit })));
+        }
+    }
+    Ok(None)
+}
+
+/// The size of an element as a chunk length, which must not be zero whatever a backend says.
+fn element(size: u8) -> usize {
+    usize::from(size.max(1))
+}
+
+/// An exit for messages: what it is, where, and the platform's own number if there is one.
+fn describe(vcpu: &dyn VcpuOps, exit: VcpuExit) -> String {
+    let place = vcpu
+        .get_regs()
+        .map_or_else(|_| String::new(), |regs| format!(" at {:#x}", regs.pc));
+    let raw = vcpu
+        .raw_exit()
+        .map_or_else(String::new, |raw| format!(" (platform's exit {raw:#x})"));
+    format!("{exit:x?}{place}{raw}")
+}
+
+#[cfg(test)]
+#[path = "runloop_tests.rs"]
+mod tests;
