@@ -31,21 +31,8 @@ fn same<F: Float>(env: &mut Env, u: &Unpacked) -> F {
     round_to(env, u.sign, u.exp, u128::from(u.sig) << 64, precision)
 }
 
-/// `a + b`.
-pub(crate) fn add<F: Float>(env: &mut Env, a: F, b: F) -> F {
-    let (a, b) = (a.operand(env), b.operand(env));
-    add_unpacked(env, a, b)
-}
-
-/// `a - b`.
-pub(crate) fn sub<F: Float>(env: &mut Env, a: F, b: F) -> F {
-    let (a, mut b) = (a.operand(env), b.operand(env));
-    // A NaN keeps its sign.
-    b.sign ^= !b.is_nan();
-    add_unpacked(env, a, b)
-}
-
-fn add_unpacked<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
+/// `a + b`. Here and below the operands are unpacked by [`Float::operand`], because x87 instructions mix formats.
+pub(crate) fn add<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
     if a.is_nan() || b.is_nan() {
         return propagate(env, &a, &b);
     }
@@ -99,8 +86,7 @@ fn add_unpacked<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
 }
 
 /// `a * b`.
-pub(crate) fn mul<F: Float>(env: &mut Env, a: F, b: F) -> F {
-    let (a, b) = (a.operand(env), b.operand(env));
+pub(crate) fn mul<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
     let sign = a.sign ^ b.sign;
     if a.is_nan() || b.is_nan() {
         return propagate(env, &a, &b);
@@ -129,6 +115,13 @@ pub(crate) fn mul<F: Float>(env: &mut Env, a: F, b: F) -> F {
     )
 }
 
+/// `a - b`.
+pub(crate) fn sub<F: Float>(env: &mut Env, a: Unpacked, mut b: Unpacked) -> F {
+    // A NaN keeps its sign.
+    b.sign ^= !b.is_nan();
+    add(env, a, b)
+}
+
 /// The quotient of two normalised significands, with a sticky bit: it and what to add to the exponent.
 pub(super) fn divide_significands(a: u64, b: u64) -> (u128, i32) {
     let (dividend, exp) = if a >= b {
@@ -146,8 +139,7 @@ pub(super) fn divide_significands(a: u64, b: u64) -> (u128, i32) {
 }
 
 /// `a / b`.
-pub(crate) fn div<F: Float>(env: &mut Env, a: F, b: F) -> F {
-    let (a, b) = (a.operand(env), b.operand(env));
+pub(crate) fn div<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
     let sign = a.sign ^ b.sign;
     if a.is_nan() || b.is_nan() {
         return propagate(env, &a, &b);

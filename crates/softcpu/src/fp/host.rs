@@ -176,6 +176,7 @@ pub(crate) fn add<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
             return result;
         }
     }
+    let (a, b) = (a.operand(env), b.operand(env));
     arith::add(env, a, b)
 }
 
@@ -194,6 +195,7 @@ pub(crate) fn sub<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
             return result;
         }
     }
+    let (a, b) = (a.operand(env), b.operand(env));
     arith::sub(env, a, b)
 }
 
@@ -212,6 +214,7 @@ pub(crate) fn mul<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
             return result;
         }
     }
+    let (a, b) = (a.operand(env), b.operand(env));
     arith::mul(env, a, b)
 }
 
@@ -224,6 +227,7 @@ pub(crate) fn div<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
             return result;
         }
     }
+    let (a, b) = (a.operand(env), b.operand(env));
     arith::div(env, a, b)
 }
 
@@ -252,10 +256,12 @@ pub(crate) fn compare<F: HostFloat>(
             return order;
         }
     }
-    soft::compare(env, a, b, signaling)
+    let (a, b) = (a.operand(env), b.operand(env));
+    soft::compare(env, &a, &b, signaling)
 }
 
-/// MINSS and its family.
+/// MINSS and its family: the second operand unless the first is less. A NaN of any kind raises IE and gives the second
+/// operand as it is.
 #[inline(always)]
 pub(crate) fn min<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
     match compare(env, a, b, true) {
@@ -264,7 +270,7 @@ pub(crate) fn min<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
     }
 }
 
-/// MAXSS and its family.
+/// MAXSS and its family: the second operand unless the first is greater; NaNs as in [`min`].
 #[inline(always)]
 pub(crate) fn max<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
     match compare(env, a, b, true) {

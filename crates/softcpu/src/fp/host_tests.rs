@@ -187,6 +187,17 @@ macro_rules! check_sse {
     )*};
 }
 
+/// An operation of [`arith`] on packed operands.
+fn soft<F: Float>(
+    env: &mut Env,
+    operation: fn(&mut Env, format::Unpacked, format::Unpacked) -> F,
+    a: F,
+    b: F,
+) -> F {
+    let (a, b) = (a.operand(env), b.operand(env));
+    operation(env, a, b)
+}
+
 fn predicate(order: Option<Ordering>, imm: u8) -> bool {
     let truth = match imm & 3 {
         0 => order == Some(Ordering::Equal),
@@ -212,15 +223,15 @@ check_sse! {
     sqrtsd, "sqrtsd xmm0, xmm1", F64, u64, |env, a, b| { let _ = a; host::sqrt(env, b).0 };
     minsd, "minsd xmm0, xmm1", F64, u64, |env, a, b| host::min(env, a, b).0;
     maxsd, "maxsd xmm0, xmm1", F64, u64, |env, a, b| host::max(env, a, b).0;
-    soft_addss, "addss xmm0, xmm1", F32, u32, |env, a, b| arith::add(env, a, b).0;
-    soft_subss, "subss xmm0, xmm1", F32, u32, |env, a, b| arith::sub(env, a, b).0;
-    soft_mulss, "mulss xmm0, xmm1", F32, u32, |env, a, b| arith::mul(env, a, b).0;
-    soft_divss, "divss xmm0, xmm1", F32, u32, |env, a, b| arith::div(env, a, b).0;
+    soft_addss, "addss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::add, a, b).0;
+    soft_subss, "subss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::sub, a, b).0;
+    soft_mulss, "mulss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::mul, a, b).0;
+    soft_divss, "divss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::div, a, b).0;
     soft_sqrtss, "sqrtss xmm0, xmm1", F32, u32, |env, a, b| { let _ = a; arith::sqrt(env, b).0 };
-    soft_addsd, "addsd xmm0, xmm1", F64, u64, |env, a, b| arith::add(env, a, b).0;
-    soft_subsd, "subsd xmm0, xmm1", F64, u64, |env, a, b| arith::sub(env, a, b).0;
-    soft_mulsd, "mulsd xmm0, xmm1", F64, u64, |env, a, b| arith::mul(env, a, b).0;
-    soft_divsd, "divsd xmm0, xmm1", F64, u64, |env, a, b| arith::div(env, a, b).0;
+    soft_addsd, "addsd xmm0, xmm1", F64, u64, |env, a, b| soft(env, arith::add, a, b).0;
+    soft_subsd, "subsd xmm0, xmm1", F64, u64, |env, a, b| soft(env, arith::sub, a, b).0;
+    soft_mulsd, "mulsd xmm0, xmm1", F64, u64, |env, a, b| soft(env, arith::mul, a, b).0;
+    soft_divsd, "divsd xmm0, xmm1", F64, u64, |env, a, b| soft(env, arith::div, a, b).0;
     soft_sqrtsd, "sqrtsd xmm0, xmm1", F64, u64, |env, a, b| { let _ = a; arith::sqrt(env, b).0 };
     cmpltss, "cmpltss xmm0, xmm1", F32, u32,
         |env, a, b| if predicate(host::compare(env, a, b, true), 1) { !0 } else { 0u32 };
@@ -374,10 +385,10 @@ macro_rules! check_x87 {
 }
 
 check_x87! {
-    fadd, "fadd st(0), st(1)", |env, a, b| arith::add(env, a, b);
-    fsub, "fsub st(0), st(1)", |env, a, b| arith::sub(env, a, b);
-    fmul, "fmul st(0), st(1)", |env, a, b| arith::mul(env, a, b);
-    fdiv, "fdiv st(0), st(1)", |env, a, b| arith::div(env, a, b);
+    fadd, "fadd st(0), st(1)", |env, a, b| soft(env, arith::add, a, b);
+    fsub, "fsub st(0), st(1)", |env, a, b| soft(env, arith::sub, a, b);
+    fmul, "fmul st(0), st(1)", |env, a, b| soft(env, arith::mul, a, b);
+    fdiv, "fdiv st(0), st(1)", |env, a, b| soft(env, arith::div, a, b);
     fsqrt, "fsqrt", |env, a, b| { let _ = b; arith::sqrt(env, a) };
     frndint, "frndint", |env, a, b| { let _ = b; arith::round_to_integral(env, a, true) };
     fscale, "fscale", |env, a, b| x87::scale(env, a, b);
@@ -488,7 +499,7 @@ fn fcom() {
         }
         .status;
         let mut env = Env::x87(fcw);
-        let order = compare::compare(&mut env, a, b, !quiet);
+        let order = compare::compare(&mut env, &a.unpack(), &b.unpack(), !quiet);
         assert_eq!(
             env.raised as u16,
             want & ALL as u16,
