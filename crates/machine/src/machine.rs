@@ -207,14 +207,10 @@ impl Machine {
 
         let control = Control::new();
         let interrupts = if kernel_irqchip {
-            accel
-                .create_irqchip(IrqChip::Kernel)
-                .map_err(MachineError::accel("creating the interrupt controllers"))?;
-            Some(
-                accel
-                    .irq_handle()
-                    .map_err(MachineError::accel("connecting the interrupt lines"))?,
-            )
+            let during = MachineError::accel("creating the interrupt controllers");
+            accel.create_irqchip(IrqChip::Kernel).map_err(&during)?;
+            accel.set_irq_routes(&pc::irq_routes()).map_err(&during)?;
+            Some(accel.irq_handle().map_err(&during)?)
         } else {
             None
         };

@@ -13,7 +13,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, Checksum};
 
-use super::{COM1, COM1_IRQ, IO_APIC_ADDRESS, IO_APIC_ID, LOCAL_APIC_ADDRESS};
+use super::{COM1, COM1_IRQ, IO_APIC_ADDRESS, IO_APIC_ID, LOCAL_APIC_ADDRESS, TIMER_PIN};
 use crate::devices::acpi_pm::{PM_BASE, PM_TIMER, PM1_CONTROL, SCI_IRQ, SLEEP_TYPE_S5};
 use crate::devices::chipset::{RESET_CONTROL, RESET_CONTROL_VALUE};
 use crate::devices::rtc::{RTC_CENTURY, RTC_LEN, RTC_PORT};
@@ -188,7 +188,7 @@ fn madt(cpus: u32) -> Sdt {
     body.extend(0u32.to_le_bytes());
     // Interrupt source overrides: ISA bus, IRQ, GSI, flags.
     for (irq, gsi, flags) in [
-        (0u8, 2u32, 0u16),
+        (0u8, TIMER_PIN, 0u16),
         (SCI_IRQ as u8, SCI_IRQ, LEVEL_ACTIVE_HIGH),
     ] {
         body.extend([2, 10, 0, irq]);

@@ -10,6 +10,8 @@ pub mod memory;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
+use vm_accel::IrqTarget;
+
 use crate::boot::MemoryMap;
 use crate::bus::{Bus, BusError};
 use crate::control::{Control, Failure, Outcome};
@@ -37,8 +39,35 @@ pub const LOCAL_APIC_ADDRESS: u32 = 0xfee0_0000;
 pub const IO_APIC_ADDRESS: u32 = 0xfec0_0000;
 /// Id of the I/O APIC. With x2APIC ids it need not differ from those of the CPUs.
 pub const IO_APIC_ID: u8 = 0;
+/// Pins of the I/O APIC.
+pub const IO_APIC_PINS: u32 = 24;
+/// The pin of the I/O APIC at which the timer, ISA interrupt 0, is.
+pub const TIMER_PIN: u32 = 2;
+/// The interrupt of the first PIC at which the second hangs: it leads nowhere else.
+const CASCADE: u32 = 2;
 /// Most CPUs that the board can have; the accelerator usually sets a lower limit.
 pub const MAX_CPUS: u32 = 4096;
+
+/// Where in-kernel controllers take each GSI: ISA interrupts to the PICs and the I/O APIC, with the timer at pin 2 of
+/// the I/O APIC as on a PC and as the MADT says, the others to the I/O APIC alone.
+pub(crate) fn irq_routes() -> Vec<(u32, IrqTarget)> {
+    const IO_APIC: u32 = 2;
+    let pics = (0..16).filter(|&gsi| gsi != CASCADE);
+    let pics = pics.map(|gsi| {
+        (
+            gsi,
+            IrqTarget::Pin {
+                chip: gsi / 8,
+                pin: gsi % 8,
+            },
+        )
+    });
+    let io_apic = (0..IO_APIC_PINS).filter(|&gsi| gsi != CASCADE).map(|gsi| {
+        let pin = if gsi == 0 { TIMER_PIN } else { gsi };
+        (gsi, IrqTarget::Pin { chip: IO_APIC, pin })
+    });
+    pics.chain(io_apic).collect()
+}
 
 /// The devices of one machine.
 #[derive(Debug)]
@@ -184,6 +213,25 @@ mod tests {
         }
         lock(&board.pm).press_power_button();
         assert_eq!(read(&board, 0x601), 1);
+    }
+
+    #[test]
+    fn interrupts_go_where_the_tables_say() {
+        let routes = irq_routes();
+        let to = |chip, pin| {
+            routes
+                .iter()
+                .find(|(_, t)| *t == IrqTarget::Pin { chip, pin })
+                .map(|(gsi, _)| *gsi)
+        };
+        assert_eq!(
+            (to(0, 0), to(0, 4), to(1, 1), to(0, 2)),
+            (Some(0), Some(4), Some(9), None)
+        );
+        assert_eq!(
+            (to(2, 0), to(2, 2), to(2, 4), to(2, 23), to(2, 24)),
+            (None, Some(0), Some(4), Some(23), None)
+        );
     }
 
     #[test]
