@@ -30,7 +30,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// An error of an ioctl.
 fn refused(op: &'static str) -> impl Fn(kvm_ioctls::Error) -> AccelError {
@@ -96,7 +96,7 @@ impl AccelKvm {
         let kvm = probe::open()?;
         let fd = create_vm(&kvm)?;
         arch::prepare_vm(&fd)?;
-        let caps = capabilities(&kvm, &fd)?;
+        let caps = host_capabilities(&kvm, &fd)?;
         let dirty = dirty::DirtyTracking::new(&fd);
         Ok(Self {
             vm: Arc::new(KvmVm {
@@ -145,6 +145,17 @@ fn create_vm(kvm: &Kvm) -> VcpuResult<VmFd> {
             result => return result.map_err(refused("KVM_CREATE_VM")),
         }
     }
+}
+
+/// What this kernel can do. Asked once: the answers are the host's, and asking CPUID of a hundred leaves costs more than
+/// creating a virtual machine where CPUID traps.
+fn host_capabilities(kvm: &Kvm, fd: &VmFd) -> VcpuResult<Capabilities> {
+    static HOST: OnceLock<Capabilities> = OnceLock::new();
+    if let Some(caps) = HOST.get() {
+        return Ok(caps.clone());
+    }
+    let caps = capabilities(kvm, fd)?;
+    Ok(HOST.get_or_init(|| caps).clone())
 }
 
 /// What this kernel can do for the virtual machine `fd`.

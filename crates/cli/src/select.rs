@@ -1,0 +1,75 @@
+//! Choosing the backend. A choice that a user would not expect is said on stderr.
+
+use crate::args::AccelList;
+use crate::status::NoBackend;
+use anyhow::Result;
+use vm_accel::{AccelError, AccelKind, PlatformBackend, probe_kind};
+
+/// What the guest needs of a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// A guest of plain instructions, such as the demo.
+    Little,
+    /// A real kernel: ring 0 must run everything that a CPU runs.
+    Ring0,
+}
+
+/// Creates a virtual machine on the first backend of the list that works.
+pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<PlatformBackend> {
+    let kinds: Vec<AccelKind> = match list {
+        // Virtualization.framework runs whole machines of its own; it is not one that this command can drive.
+        AccelList::Auto => AccelKind::ALL
+            .into_iter()
+            .filter(|kind| *kind != AccelKind::Vz)
+            .collect(),
+        AccelList::Kinds(kinds) => kinds.clone(),
+    };
+    let mut refusals = Vec::new();
+    for (n, &kind) in kinds.iter().enumerate() {
+        if needs == Needs::Ring0 && emulates_ring0(kind) {
+            const WHY: &str =
+                "this host emulates the guest's ring 0 and cannot run an operating system";
+            if kinds[n + 1..]
+                .iter()
+                .any(|other| probe_kind(*other).is_ok())
+            {
+                refusals.push(format!("{kind}: {WHY}"));
+                continue;
+            }
+            eprintln!("vm-accel: warning: {kind}: {WHY}; expect the guest to fail");
+        }
+        match PlatformBackend::new(kind) {
+            Ok(backend) => {
+                if kind == AccelKind::Fallback && kinds.len() > 1 {
+                    let why = explain(list, &refusals);
+                    eprintln!(
+                        "vm-accel: warning: no accelerator; using the software CPU, which is slow ({why})"
+                    );
+                }
+                return Ok(backend);
+            }
+            Err(why) => refusals.push(match &why {
+                // The kind stands in the text already.
+                AccelError::Unavailable { .. } => why.to_string(),
+                _ => format!("{kind}: {why}"),
+            }),
+        }
+    }
+    Err(NoBackend(format!(
+        "no backend can be used here: {}; `vm-accel info` says more",
+        explain(list, &refusals)
+    ))
+    .into())
+}
+
+/// The reasons that help: of a search through everything only those of platforms that belong to this host.
+fn explain(list: &AccelList, refusals: &[String]) -> String {
+    let helpful = refusals
+        .iter()
+        .filter(|why| *list != AccelList::Auto || !why.contains("exists only on"));
+    helpful.map(String::as_str).collect::<Vec<_>>().join("; ")
+}
+
+fn emulates_ring0(kind: AccelKind) -> bool {
+    kind == AccelKind::Kvm && probe_kind(kind).is_ok_and(|caps| caps.emulates_ring0 == Some(true))
+}
