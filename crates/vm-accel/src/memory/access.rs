@@ -55,6 +55,7 @@ pub(crate) mod sealed {
 macro_rules! impl_guest_word {
     ($($word:ty => $atomic:ty),* $(,)?) => {$(
         impl sealed::AtomicWord for $word {
+            #[inline]
             unsafe fn load(ptr: *const u8, order: Ordering) -> Self {
                 // SAFETY: the caller vouches for `ptr`. Relaxed loads of up to 8 bytes are documented to work on
                 // read-only memory on all 64-bit hosts ("Atomic accesses to read-only memory" in `std::sync::atomic`).
@@ -62,6 +63,7 @@ macro_rules! impl_guest_word {
                 <$word>::from_le(word.load(order))
             }
 
+            #[inline]
             unsafe fn store(self, ptr: *mut u8, order: Ordering) {
                 // SAFETY: the caller vouches for `ptr`.
                 let word = unsafe { <$atomic>::from_ptr(ptr.cast()) };
@@ -90,6 +92,7 @@ macro_rules! impl_guest_word {
 impl_guest_word!(u8 => AtomicU8, u16 => AtomicU16, u32 => AtomicU32, u64 => AtomicU64);
 
 /// Refuses an order that a load cannot have (`std` would panic on it).
+#[inline]
 pub(super) fn check_load_order(order: Ordering) -> VcpuResult<()> {
     match order {
         Ordering::Relaxed | Ordering::Acquire | Ordering::SeqCst => Ok(()),
@@ -101,6 +104,7 @@ pub(super) fn check_load_order(order: Ordering) -> VcpuResult<()> {
 }
 
 /// Refuses an order that a store cannot have (`std` would panic on it).
+#[inline]
 pub(super) fn check_store_order(order: Ordering) -> VcpuResult<()> {
     match order {
         Ordering::Relaxed | Ordering::Release | Ordering::SeqCst => Ok(()),
@@ -128,6 +132,7 @@ pub(super) unsafe fn load_read_only<T: GuestWord>(ptr: *const u8, order: Orderin
 }
 
 /// log2 of the widest naturally aligned word at `address` that fits `len` (not 0) bytes: 0 to 3.
+#[inline]
 fn word_shift(address: usize, len: usize) -> u32 {
     address.trailing_zeros().min(len.ilog2()).min(3)
 }
@@ -136,6 +141,7 @@ fn word_shift(address: usize, len: usize) -> u32 {
 ///
 /// # Safety
 /// `src` is valid for reads of `dst.len()` bytes.
+#[inline]
 pub(super) unsafe fn read(src: *const u8, dst: &mut [u8]) {
     if dst.len() > WORDWISE_MAX {
         // SAFETY: the caller vouches for `src`; no `&mut [u8]` can overlap guest memory. Races: module documentation.
@@ -174,6 +180,7 @@ unsafe fn load_bytes<T: GuestWord>(ptr: *const u8) -> T {
 ///
 /// # Safety
 /// `dst` is valid for reads and writes of `src.len()` bytes.
+#[inline]
 pub(super) unsafe fn write(dst: *mut u8, src: &[u8]) {
     if src.len() > WORDWISE_MAX {
         // SAFETY: the caller vouches for `dst`; no `&[u8]` can overlap guest memory. Races: module documentation.

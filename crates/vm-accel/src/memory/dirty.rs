@@ -63,10 +63,15 @@ impl HostDirty {
 
     /// Records a write of `len` bytes at `offset`, both within the region. To be called after the bytes are written:
     /// whoever takes the bit then sees them.
+    #[inline]
     pub(super) fn mark(&self, offset: u64, len: u64) {
-        if len == 0 || !self.enabled.load(Ordering::Relaxed) {
-            return;
+        if self.enabled.load(Ordering::Relaxed) && len != 0 {
+            self.mark_enabled(offset, len);
         }
+    }
+
+    #[cold]
+    fn mark_enabled(&self, offset: u64, len: u64) {
         if let Some(words) = self.words.get() {
             for (word, mask) in
                 masks(offset / DIRTY_PAGE_SIZE..(offset + len).div_ceil(DIRTY_PAGE_SIZE))

@@ -44,6 +44,10 @@ impl Placed {
     fn end(&self) -> u64 {
         self.gpa + self.region.size()
     }
+
+    fn allows(&self, access: Access) -> bool {
+        access == Access::Read || self.region.is_writable()
+    }
 }
 
 /// What an access does to memory.
@@ -60,6 +64,9 @@ macro_rules! word_accessors {
         /// # Errors
         /// As for [`read`](Self::read).
         pub fn $read(&self, gpa: u64) -> VcpuResult<$word> {
+            if gpa % size_of::<$word>() as u64 == 0 {
+                return self.load(gpa, Ordering::Relaxed);
+            }
             let mut bytes = [0; size_of::<$word>()];
             self.read(gpa, &mut bytes)?;
             Ok($word::from_le_bytes(bytes))
@@ -70,6 +77,9 @@ macro_rules! word_accessors {
         /// # Errors
         /// As for [`write`](Self::write).
         pub fn $write(&self, gpa: u64, value: $word) -> VcpuResult<()> {
+            if gpa % size_of::<$word>() as u64 == 0 {
+                return self.store(gpa, value, Ordering::Relaxed);
+            }
             self.write(gpa, &value.to_le_bytes())
         }
     )*};
@@ -212,7 +222,9 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] as there, or if no memory is at `gpa`.
     pub fn load<T: GuestWord>(&self, gpa: u64, order: Ordering) -> VcpuResult<T> {
-        self.with_region(gpa, |region, offset| region.load(offset, order))
+        self.with_region(gpa, Access::Read, |region, offset| {
+            region.load(offset, order)
+        })
     }
 
     /// [`GuestRegion::store`] at a guest physical address.
@@ -220,7 +232,9 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] as there, or if no memory is at `gpa`.
     pub fn store<T: GuestWord>(&self, gpa: u64, value: T, order: Ordering) -> VcpuResult<()> {
-        self.with_region(gpa, |region, offset| region.store(offset, value, order))
+        self.with_region(gpa, Access::Write, |region, offset| {
+            region.store(offset, value, order)
+        })
     }
 
     /// [`GuestRegion::compare_exchange`] at a guest physical address.
@@ -235,22 +249,29 @@ impl GuestMemory {
         success: Ordering,
         failure: Ordering,
     ) -> VcpuResult<Result<T, T>> {
-        self.with_region(gpa, |region, offset| {
+        self.with_region(gpa, Access::Write, |region, offset| {
             region.compare_exchange(offset, current, new, success, failure)
         })
     }
 
+    /// For an access that one region holds: an aligned word.
+    #[inline]
     fn with_region<R>(
         &self,
         gpa: u64,
+        access: Access,
         f: impl FnOnce(&GuestRegion, u64) -> VcpuResult<R>,
     ) -> VcpuResult<R> {
         let regions = self.lock();
         let placed = &regions[holder(&regions, gpa).ok_or_else(|| nothing_at(gpa))?];
+        if !placed.allows(access) {
+            return Err(read_only_at(gpa, placed));
+        }
         f(&placed.region, gpa - placed.gpa)
     }
 
     /// Checks a range as a whole, then calls `f` for its part of each region: offset in the region, part of the range.
+    #[inline]
     fn access(
         &self,
         gpa: u64,
@@ -259,6 +280,13 @@ impl GuestMemory {
         mut f: impl FnMut(&GuestRegion, u64, Range<u64>) -> VcpuResult<()>,
     ) -> VcpuResult<()> {
         let regions = self.lock();
+        // Nearly every access lies in one region.
+        if let Some(placed) = holder(&regions, gpa).map(|at| &regions[at]) {
+            let offset = gpa - placed.gpa;
+            if len <= placed.region.size() - offset && placed.allows(access) {
+                return f(&placed.region, offset, 0..len);
+            }
+        }
         let Range { start, end } = locate(&regions, gpa, len, access)?;
         let mut done = 0;
         for placed in &regions[start..end] {
@@ -290,6 +318,7 @@ fn holder(regions: &[Placed], gpa: u64) -> Option<usize> {
 }
 
 /// The regions that hold a range, or an error that names the first address without memory for the access.
+#[cold]
 fn locate(regions: &[Placed], gpa: u64, len: u64, access: Access) -> VcpuResult<Range<usize>> {
     if len == 0 {
         return Ok(0..0);
@@ -306,15 +335,8 @@ fn locate(regions: &[Placed], gpa: u64, len: u64, access: Access) -> VcpuResult<
         if placed.gpa > at {
             break;
         }
-        if access == Access::Write && !placed.region.is_writable() {
-            return Err(AccelError::invalid(
-                "guest physical address",
-                format!(
-                    "{at:#x} is in the read-only region [{:#x}, {:#x})",
-                    placed.gpa,
-                    placed.end()
-                ),
-            ));
+        if !placed.allows(access) {
+            return Err(read_only_at(at, placed));
         }
         at = placed.end();
         if at >= end {
@@ -324,10 +346,23 @@ fn locate(regions: &[Placed], gpa: u64, len: u64, access: Access) -> VcpuResult<
     Err(nothing_at(at))
 }
 
+#[cold]
 fn nothing_at(gpa: u64) -> AccelError {
     AccelError::invalid(
         "guest physical address",
         format!("no memory is at {gpa:#x}"),
+    )
+}
+
+#[cold]
+fn read_only_at(gpa: u64, placed: &Placed) -> AccelError {
+    AccelError::invalid(
+        "guest physical address",
+        format!(
+            "{gpa:#x} is in the read-only region [{:#x}, {:#x})",
+            placed.gpa,
+            placed.end()
+        ),
     )
 }
 

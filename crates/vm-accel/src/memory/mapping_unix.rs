@@ -81,11 +81,13 @@ impl Mapping {
     }
 
     /// The first byte.
+    #[inline]
     pub(super) fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
 
     /// Bytes mapped.
+    #[inline]
     pub(super) fn len(&self) -> usize {
         self.len
     }

@@ -124,6 +124,7 @@ impl GuestRegion {
 
     /// Bytes in the region: a multiple of [`host_page_size`], never 0.
     #[must_use]
+    #[inline]
     pub fn size(&self) -> u64 {
         self.0.mapping.len() as u64
     }
@@ -134,12 +135,14 @@ impl GuestRegion {
     /// risk: the guest and other threads may access the bytes at the same time, read-only memory cannot be written,
     /// and writes are to be reported with [`mark_dirty`](Self::mark_dirty).
     #[must_use]
+    #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
         self.0.mapping.as_ptr()
     }
 
     /// False if the memory was mapped [`FileMapping::ReadOnly`].
     #[must_use]
+    #[inline]
     pub fn is_writable(&self) -> bool {
         self.0.backing != Some(FileMapping::ReadOnly)
     }
@@ -160,6 +163,7 @@ impl GuestRegion {
     ///
     /// # Errors
     /// [`AccelError::InvalidArgument`] if the range does not lie within the region.
+    #[inline]
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> VcpuResult<()> {
         let src = self.range(offset, buf.len() as u64)?;
         // SAFETY: `range` checked that the bytes lie in the mapping, which `self` keeps alive.
@@ -172,6 +176,7 @@ impl GuestRegion {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if the range does not lie within the region or the region is read-only; nothing
     /// is written then.
+    #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> VcpuResult<()> {
         let dst = self.writable_range(offset, data.len() as u64)?;
         // SAFETY: `writable_range` checked that the bytes lie in the mapping and may be written; `self` keeps it alive.
@@ -197,6 +202,7 @@ impl GuestRegion {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if the word does not lie within the region or is not naturally aligned, or if
     /// `order` is one that a load cannot have (`Release`, `AcqRel`).
+    #[inline]
     pub fn load<T: GuestWord>(&self, offset: u64, order: Ordering) -> VcpuResult<T> {
         access::check_load_order(order)?;
         let ptr = self.word::<T>(offset, Self::range)?;
@@ -214,6 +220,7 @@ impl GuestRegion {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if the word does not lie within the region or is not naturally aligned, if the
     /// region is read-only, or if `order` is one that a store cannot have (`Acquire`, `AcqRel`).
+    #[inline]
     pub fn store<T: GuestWord>(&self, offset: u64, value: T, order: Ordering) -> VcpuResult<()> {
         access::check_store_order(order)?;
         let ptr = self.word::<T>(offset, Self::writable_range)?;
@@ -311,6 +318,7 @@ impl GuestRegion {
     }
 
     /// The address of `len` bytes at `offset` if they lie within the region.
+    #[inline]
     pub(super) fn range(&self, offset: u64, len: u64) -> VcpuResult<*mut u8> {
         if offset.checked_add(len).is_none_or(|end| end > self.size()) {
             return Err(AccelError::invalid(
@@ -326,6 +334,7 @@ impl GuestRegion {
     }
 
     /// As `range`, if the region may be written.
+    #[inline]
     fn writable_range(&self, offset: u64, len: u64) -> VcpuResult<*mut u8> {
         if !self.is_writable() {
             return Err(AccelError::invalid(
@@ -337,6 +346,7 @@ impl GuestRegion {
     }
 
     /// The address of an aligned word at `offset` in the range that `check` approves.
+    #[inline]
     fn word<T: GuestWord>(
         &self,
         offset: u64,
