@@ -484,16 +484,17 @@ fn mmx_enter(cpu: &mut Core) {
     cpu.st.x87.valid = 0xff;
 }
 
-/// CVTPI2PS, CVTPI2PD. The form of the latter that reads memory does not touch MMX state (SDM vol. 2A, CVTPI2PD).
+/// CVTPI2PS, CVTPI2PD. The forms that read memory do not touch the x87, as processors have it.
 fn from_mmx<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let touches = !M || F::LANES == 4;
-    mmx_check(cpu)?;
+    if !M {
+        mmx_check(cpu)?;
+    }
     let b = u128::from(if M { cpu.load::<u64>(op)? } else { cpu.mmx(op.s) });
     let mut env = Env::sse(cpu.st.mxcsr);
     let low: F = lane_from_i32(&mut env, b, 0);
     let high: F = lane_from_i32(&mut env, b, 1);
-    if touches {
-        mmx_enter(cpu);
+    if !M {
+ mmx_enter(cpu);
     }
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, high.put(low.put(cpu.xmm(op.d), 0), 1));

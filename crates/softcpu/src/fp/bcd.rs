@@ -4,7 +4,7 @@ use super::convert::{int_to_float, integral_magnitude};
 use super::{Env, F80, Float, IE, PE};
 
 /// The packed decimal indefinite.
-const INDEFINITE: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0xc0, 0xff, 0xff];
+pub(crate) const INDEFINITE: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0xc0, 0xff, 0xff];
 
 /// The number that ten bytes of packed decimal stand for. Digits above nine, which the architecture leaves undefined,
 /// count with their binary value.

@@ -34,7 +34,9 @@ pub(crate) fn order(a: &Unpacked, b: &Unpacked) -> Ordering {
     if sa != sb || sa == 0 {
         return sa.cmp(&sb);
     }
-    let magnitude = (a.is_infinite(), a.exp, a.sig).cmp(&(b.is_infinite(), b.exp, b.sig));
+    // The exponent of an infinity depends on the format it came from.
+    let key = |u: &Unpacked| if u.is_infinite() { (i32::MAX, 0) } else { (u.exp, u.sig) };
+    let magnitude = key(a).cmp(&key(b));
     if a.sign {
         magnitude.reverse()
     } else {

@@ -6,14 +6,20 @@ use super::{Env, Float, IE, OE, PE, UE};
 /// A number of one format in another (CVTSS2SD, CVTSD2SS, FLD m32, FST m64 and the like).
 ///
 /// Denormal operands are reported except by x87 stores. An x87 load takes place even when that is unmasked.
+#[inline]
 pub(crate) fn float_to_float<S: Float, D: Float>(env: &mut Env, a: S) -> D {
     let u = a.operand(env);
+    unpacked_to_float::<S, D>(env, &u)
+}
+
+/// [`float_to_float`] of an operand that was unpacked from format `S`.
+pub(crate) fn unpacked_to_float<S: Float, D: Float>(env: &mut Env, u: &Unpacked) -> D {
     env.rounded_up = false;
     match u.kind {
         Kind::Zero => return D::zero(u.sign),
         Kind::Infinite => return D::infinity(u.sign),
         Kind::Finite => {}
-        _ => return propagate(env, &u, &u),
+        _ => return propagate(env, u, u),
     }
     if env.x87 {
         let store = S::PRECISION > D::PRECISION;

@@ -25,7 +25,7 @@ pub(crate) mod arith;
 pub(crate) mod bcd;
 pub(crate) mod compare;
 pub(crate) mod convert;
-mod format;
+pub(crate) mod format;
 pub(crate) mod host;
 pub(crate) mod trans;
 mod wide;

@@ -9,36 +9,42 @@ use super::{Env, F80, Float, IE, ZE};
 pub(crate) struct Remainder {
     /// The (partial) remainder.
     pub(crate) value: F80,
-    /// The three low bits of the quotient; not meaningful when `partial`.
-    pub(crate) quotient: u8,
-    /// The exponents were too far apart for one step (C2).
-    pub(crate) partial: bool,
+    /// What is known of the quotient.
+    pub(crate) quotient: Quotient,
+}
+
+/// What FPREM and FPREM1 tell of the quotient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Quotient {
+    /// There is none: the result is a NaN.
+    None,
+    /// The exponents were too far apart for one step (C2): none yet.
+    Partial,
+    /// Its three low bits (C0, C3, C1).
+    Low(u8),
 }
 
 /// The remainder of `a / b`. The quotient is truncated (FPREM) or rounded to nearest even (FPREM1). When the
-/// exponents are 64 or more apart the dividend is reduced by 32 to 63 bits only, and `partial` is set.
+/// exponents are 64 or more apart the dividend is reduced by 32 to 63 bits only.
 pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remainder {
     let (ua, ub) = (a.unpack(), b.unpack());
-    let done = |value| Remainder {
-        value,
-        quotient: 0,
-        partial: false,
-    };
+    let nan = |value| Remainder { value, quotient: Quotient::None };
+    let whole = |value| Remainder { value, quotient: Quotient::Low(0) };
     env.rounded_up = false;
     if ua.is_nan() || ub.is_nan() {
-        return done(propagate(env, &ua, &ub));
+        return nan(propagate(env, &ua, &ub));
     }
     if ua.is_infinite() || ub.is_zero() {
         env.raise(IE);
-        return done(F80::INDEFINITE);
+        return nan(F80::INDEFINITE);
     }
     if env.denormal(ua.denormal | ub.denormal) || ua.is_zero() {
-        return done(F80::zero(ua.sign));
+        return whole(F80::zero(ua.sign));
     }
     let distance = ua.exp - ub.exp;
     if ub.is_infinite() || distance < -1 || distance < 0 && !nearest {
         let value = round(env, ua.sign, ua.exp, u128::from(ua.sig) << 64);
-        return done(value);
+        return whole(value);
     }
 
     // Reduce to a remainder in units of 2^(ub.exp - 63 + scale); what is left then has `scale` more bits to go.
@@ -79,11 +85,8 @@ pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remaind
         let shift = rest.leading_zeros();
         round(env, sign, unit + 127 - shift as i32, rest << shift)
     };
-    Remainder {
-        value,
-        quotient: (quotient & 7) as u8,
-        partial,
-    }
+    let quotient = if partial { Quotient::Partial } else { Quotient::Low((quotient & 7) as u8) };
+    Remainder { value, quotient }
 }
 
 /// FSCALE: `a * 2^trunc(b)`.
