@@ -1,0 +1,270 @@
+//! Two-operand arithmetic and logic, INC, DEC, NEG, NOT, and the fusion of a comparison with the branch behind it.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::form::{Word, by_size, size0};
+use super::{Exec, Form, Handler, Leave, Op};
+use crate::core::Core;
+use crate::flags::{Flags, kind};
+
+const ADD: u8 = 0;
+const OR: u8 = 1;
+const ADC: u8 = 2;
+const SBB: u8 = 3;
+const AND: u8 = 4;
+const SUB: u8 = 5;
+const XOR: u8 = 6;
+const CMP: u8 = 7;
+const TEST: u8 = 8;
+const INC: u8 = 9;
+const DEC: u8 = 10;
+const NEG: u8 = 11;
+const NOT: u8 = 12;
+
+/// Operand forms as constants of a handler.
+const RR: u8 = 0;
+const RI: u8 = 1;
+const RM: u8 = 2;
+const MR: u8 = 3;
+const MI: u8 = 4;
+
+/// The result. `carry` counts for ADC and SBB only.
+#[inline(always)]
+fn compute<T: Word, const OP: u8>(a: u64, b: u64, carry: u64) -> u64 {
+    T::cut(match OP {
+        ADD => a.wrapping_add(b),
+        ADC => a.wrapping_add(b).wrapping_add(carry),
+        SUB | CMP => a.wrapping_sub(b),
+        SBB => a.wrapping_sub(b).wrapping_sub(carry),
+        AND | TEST => a & b,
+        OR => a | b,
+        XOR => a ^ b,
+        INC => a.wrapping_add(1),
+        DEC => a.wrapping_sub(1),
+        NEG => a.wrapping_neg(),
+        _ => !a,
+    })
+}
+
+/// Leaves the flags of an operation on `a` with result `r`.
+#[inline(always)]
+fn set_flags<T: Word, const OP: u8>(cpu: &mut Core, a: u64, r: u64, carry: u64) {
+    let kind = match OP {
+        ADD => kind::ADD,
+        ADC => kind::ADC,
+        SUB | CMP | NEG => kind::SUB,
+        SBB => kind::SBB,
+        INC => kind::INC,
+        DEC => kind::DEC,
+        NOT => return,
+        _ => kind::LOGIC,
+    };
+    // NEG is 0 - a.
+    let a = if OP == NEG { 0 } else { a };
+    cpu.fl = Flags { kind: kind | T::LOG, aux: carry as u32, a, r };
+}
+
+/// CF, for the operations that read or keep it.
+#[inline(always)]
+fn carry_in<const OP: u8>(cpu: &Core) -> u64 {
+    if matches!(OP, ADC | SBB | INC | DEC) { u64::from(cpu.fl.cf()) } else { 0 }
+}
+
+fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    let carry = carry_in::<OP>(cpu);
+    if F == MR || F == MI {
+        let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
+        if OP == CMP || OP == TEST {
+            let a = cpu.load_word::<T>(op)?;
+            set_flags::<T, OP>(cpu, a, compute::<T, OP>(a, b, 0), 0);
+        } else {
+            let lin = cpu.linear(op, T::BYTES, true)?;
+            let a = cpu.rmw::<T, LOCK>(lin, |a| compute::<T, OP>(a, b, carry))?;
+            set_flags::<T, OP>(cpu, a, compute::<T, OP>(a, b, carry), carry);
+        }
+        return Ok(());
+    }
+    let a = cpu.reg::<T>(op.d);
+    let b = match F {
+        RR => cpu.reg::<T>(op.s),
+        RI => T::cut(op.imm),
+        _ => cpu.load_word::<T>(op)?,
+    };
+    let r = compute::<T, OP>(a, b, carry);
+    set_flags::<T, OP>(cpu, a, r, carry);
+    if OP != CMP && OP != TEST {
+        cpu.set_reg::<T>(op.d, r);
+    }
+    Ok(())
+}
+
+fn unary<T: Word, const OP: u8, const M: bool, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    let carry = carry_in::<OP>(cpu);
+    let a = if M {
+        let lin = cpu.linear(op, T::BYTES, true)?;
+        cpu.rmw::<T, LOCK>(lin, |a| compute::<T, OP>(a, 0, 0))?
+    } else {
+        let a = cpu.reg::<T>(op.d);
+        cpu.set_reg::<T>(op.d, compute::<T, OP>(a, 0, 0));
+        a
+    };
+    set_flags::<T, OP>(cpu, a, compute::<T, OP>(a, 0, 0), carry);
+    Ok(())
+}
+
+fn pick_binary<const OP: u8>(insn: &Instruction) -> Handler {
+    let size = size0(insn);
+    match (Form::of(insn), insn.has_lock_prefix()) {
+        (Form::Reg, _) => by_size!(size, binary::<[T], OP, RR, false>),
+        (Form::RegImm, _) => by_size!(size, binary::<[T], OP, RI, false>),
+        (Form::RegMem, _) => by_size!(size, binary::<[T], OP, RM, false>),
+        (Form::MemReg, false) => by_size!(size, binary::<[T], OP, MR, false>),
+        (Form::MemReg, true) => by_size!(size, binary::<[T], OP, MR, true>),
+        (Form::MemImm, false) => by_size!(size, binary::<[T], OP, MI, false>),
+        (Form::MemImm, true) => by_size!(size, binary::<[T], OP, MI, true>),
+    }
+}
+
+fn pick_unary<const OP: u8>(insn: &Instruction) -> Handler {
+    let size = size0(insn);
+    match (Form::of(insn), insn.has_lock_prefix()) {
+        (Form::Reg, _) => by_size!(size, unary::<[T], OP, false, false>),
+        (_, false) => by_size!(size, unary::<[T], OP, true, false>),
+        (_, true) => by_size!(size, unary::<[T], OP, true, true>),
+    }
+}
+
+/// See the module documentation of `exec`.
+pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
+    Some(match insn.mnemonic() {
+        Mnemonic::Add => pick_binary::<ADD>(insn),
+        Mnemonic::Or => pick_binary::<OR>(insn),
+        Mnemonic::Adc => pick_binary::<ADC>(insn),
+        Mnemonic::Sbb => pick_binary::<SBB>(insn),
+        Mnemonic::And => pick_binary::<AND>(insn),
+        Mnemonic::Sub => pick_binary::<SUB>(insn),
+        Mnemonic::Xor => pick_binary::<XOR>(insn),
+        Mnemonic::Cmp => pick_binary::<CMP>(insn),
+        Mnemonic::Test => pick_binary::<TEST>(insn),
+        Mnemonic::Inc => pick_unary::<INC>(insn),
+        Mnemonic::Dec => pick_unary::<DEC>(insn),
+        Mnemonic::Neg => pick_unary::<NEG>(insn),
+        Mnemonic::Not => pick_unary::<NOT>(insn),
+        _ => return None,
+    })
+}
+
+/// The condition `CC` after an operation, worked out from its operands rather than from flags.
+#[inline(always)]
+fn holds<T: Word, const OP: u8, const CC: u8>(cpu: &Core, a: u64, b: u64, r: u64) -> bool {
+    let (sa, sb) = (T::sign_extend(a), T::sign_extend(b));
+    let positive = match (OP, CC >> 1) {
+        (_, 2) => r == 0,
+        (_, 4) => T::sign(r),
+        (CMP | SUB, 1) => a < b,
+        (CMP | SUB, 3) => a <= b,
+        (CMP | SUB, 6) => sa < sb,
+        (CMP | SUB, 7) => sa <= sb,
+        (TEST | AND, 0 | 1) => false,
+        (TEST | AND, 3) => r == 0,
+        (TEST | AND, 6) => T::sign(r),
+        (TEST | AND, 7) => r == 0 || T::sign(r),
+        _ => return cpu.fl.condition(CC),
+    };
+    positive ^ (CC & 1 != 0)
+}
+
+/// An operation and the conditional branch behind it.
+fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op) -> Exec {
+    let carry = carry_in::<OP>(cpu);
+    let a = if F == MR || F == MI { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
+    let b = match F {
+        RR | MR => cpu.reg::<T>(op.s),
+        RM => cpu.load_word::<T>(op)?,
+        _ => T::cut(op.imm),
+    };
+    let r = compute::<T, OP>(a, b, carry);
+    set_flags::<T, OP>(cpu, a, r, carry);
+    if OP != CMP && OP != TEST {
+        cpu.set_reg::<T>(op.d, r);
+    }
+    Err(if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall })
+}
+
+/// Picks the instance of a handler for a condition.
+macro_rules! by_condition {
+    ($cc:expr, $h:ident::<$t:ty, $op:ident, $f:ident>) => {
+        by_condition!(@ $cc, $h, $t, $op, $f, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $cc:expr, $h:ident, $t:ty, $op:ident, $f:ident, $($n:literal)*) => {
+        match $cc {
+            $($n => $h::<$t, $op, $f, $n> as Handler,)*
+            _ => return None,
+        }
+    };
+}
+
+fn pick_fused<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
+    if insn.has_lock_prefix() {
+        return None;
+    }
+    macro_rules! of_form {
+        ($f:ident) => {
+            match size0(insn) {
+                1 => by_condition!(cc, fused::<u8, OP, $f>),
+                2 => by_condition!(cc, fused::<u16, OP, $f>),
+                4 => by_condition!(cc, fused::<u32, OP, $f>),
+                8 => by_condition!(cc, fused::<u64, OP, $f>),
+                _ => return None,
+            }
+        };
+    }
+    Some(match Form::of(insn) {
+        Form::Reg => of_form!(RR),
+        Form::RegImm => of_form!(RI),
+        Form::RegMem if OP == CMP => of_form!(RM),
+        Form::MemReg if OP == CMP || OP == TEST => of_form!(MR),
+        Form::MemImm if OP == CMP || OP == TEST => of_form!(MI),
+        _ => return None,
+    })
+}
+
+/// One record for `insn` and the conditional branch `jcc` behind it, if they fuse.
+pub(crate) fn fuse(insn: &Instruction, jcc: &Instruction) -> Option<Handler> {
+    let cc = condition_number(jcc)?;
+    match insn.mnemonic() {
+        Mnemonic::Cmp => pick_fused::<CMP>(insn, cc),
+        Mnemonic::Test => pick_fused::<TEST>(insn, cc),
+        Mnemonic::Sub => pick_fused::<SUB>(insn, cc),
+        Mnemonic::Add => pick_fused::<ADD>(insn, cc),
+        Mnemonic::And => pick_fused::<AND>(insn, cc),
+        Mnemonic::Dec if Form::of(insn) == Form::Reg => pick_fused::<DEC>(insn, cc),
+        Mnemonic::Inc if Form::of(insn) == Form::Reg => pick_fused::<INC>(insn, cc),
+        _ => None,
+    }
+}
+
+/// The condition of Jcc, SETcc or CMOVcc as it is encoded: 0 = O to 15 = G. `None` for other instructions.
+pub(crate) fn condition_number(insn: &Instruction) -> Option<u8> {
+    // iced numbers them 1 to 16 in a different order: by name, not by encoding.
+    use iced_x86::ConditionCode as C;
+    Some(match insn.condition_code() {
+        C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        C::g => 15,
+        C::None => return None,
+    })
+}
