@@ -6,5 +6,8 @@ pub mod chipset;
 pub mod exit_port;
 pub mod fw_cfg;
 pub mod i8042;
+pub mod ioapic;
+pub mod pic;
+pub mod pit;
 pub mod rtc;
 pub mod uart;
