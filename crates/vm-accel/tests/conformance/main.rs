@@ -12,8 +12,11 @@
 
 mod exceptions;
 mod harness;
+mod memory;
 mod mmio;
+mod modes;
 mod pio;
+mod registers;
 
 use harness::runner::{Theme, main as run};
 use std::process::ExitCode;
@@ -25,7 +28,8 @@ macro_rules! themes {
     };
 }
 
-const THEMES: &[Theme] = themes![X86_64 pio, X86_64 mmio];
+const THEMES: &[Theme] =
+    themes![X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers];
 
 fn main() -> ExitCode {
     run(THEMES, exceptions::TABLE)

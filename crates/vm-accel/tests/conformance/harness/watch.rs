@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vm_accel::VcpuKick;
 
 /// How long a case may take. Emulated hosts take a hundredth of it for the longest.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
 /// How long a kicked case has to give up.
 const GRACE: Duration = Duration::from_secs(20);
 
