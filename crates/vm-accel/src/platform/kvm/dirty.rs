@@ -86,7 +86,10 @@ impl DirtyTracking {
     /// A slot was mapped, or its flags changed: logging starts anew.
     pub(super) fn mapped(&self, slot: &Slot) {
         let logged = slot.flags.contains(MemoryFlags::LOG_DIRTY);
-        slot.region.track_dirty(logged);
+        // Never off again: another mapping of the same region may still be logged.
+        if logged {
+            slot.region.track_dirty(true);
+        }
         let mut rings = lock(&self.rings);
         if rings.entries != 0 && logged {
             let words = slot.region.size().div_ceil(PAGE * 64) as usize;

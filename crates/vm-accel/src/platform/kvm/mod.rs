@@ -59,6 +59,14 @@ struct Slot {
     flags: MemoryFlags,
 }
 
+/// The memory slots by guest physical address, and the numbers that were used and are not any more. Together these are all
+/// the numbers from 0 up, so the next new one is their count.
+#[derive(Debug, Default)]
+struct Slots {
+    by_gpa: BTreeMap<u64, Slot>,
+    freed: Vec<u32>,
+}
+
 /// What the `AccelKvm`, its vCPUs and interrupt handles share.
 #[derive(Debug)]
 struct KvmVm {
@@ -66,7 +74,7 @@ struct KvmVm {
     fd: VmFd,
     caps: Capabilities,
     /// By guest physical address.
-    slots: Mutex<BTreeMap<u64, Slot>>,
+    slots: Mutex<Slots>,
     irqchip: Mutex<IrqChip>,
     dirty: dirty::DirtyTracking,
     /// A vCPU was created: interrupt controllers and dirty rings cannot change any more.
@@ -304,22 +312,16 @@ impl KvmVm {
         Ok(())
     }
 
-    /// The lowest slot number that is free.
-    fn free_slot(&self, slots: &BTreeMap<u64, Slot>) -> VcpuResult<u32> {
-        let mut used: Vec<u32> = slots.values().map(|slot| slot.number).collect();
-        used.sort_unstable();
-        let free = used
-            .iter()
-            .zip(0..)
-            .find(|(used, n)| **used != *n)
-            .map_or(used.len() as u32, |(_, n)| n);
-        if free >= self.caps.max_memory_slots {
+    /// A slot number that is not in use.
+    fn free_slot(&self, slots: &Slots) -> VcpuResult<u32> {
+        let used = slots.by_gpa.len();
+        if used >= self.caps.max_memory_slots as usize {
             return Err(AccelError::invalid(
                 "mapping",
-                format!("all {free} memory slots are in use"),
+                format!("all {used} memory slots are in use"),
             ));
         }
-        Ok(free)
+        Ok(slots.freed.last().copied().unwrap_or(used as u32))
     }
 
     fn has_local_apics(&self) -> bool {
@@ -342,7 +344,7 @@ impl Accel for AccelKvm {
 
     fn map_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        self.vm.check_mapping(&slots, gpa, region, flags)?;
+        self.vm.check_mapping(&slots.by_gpa, gpa, region, flags)?;
         let slot = Slot {
             number: self.vm.free_slot(&slots)?,
             region: region.clone(),
@@ -350,15 +352,21 @@ impl Accel for AccelKvm {
         };
         self.vm.set_slot(gpa, &slot, region.size())?;
         self.vm.dirty.mapped(&slot);
-        slots.insert(gpa, slot);
+        slots.freed.pop();
+        slots.by_gpa.insert(gpa, slot);
         Ok(())
     }
 
     fn unmap_memory(&mut self, gpa: u64) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let slot = slots.get(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots
+            .by_gpa
+            .get(&gpa)
+            .ok_or_else(|| Self::slot_error(gpa))?;
         self.vm.set_slot(gpa, slot, 0)?;
-        slots.remove(&gpa);
+        let number = slot.number;
+        slots.by_gpa.remove(&gpa);
+        slots.freed.push(number);
         Ok(())
     }
 
@@ -369,7 +377,10 @@ impl Accel for AccelKvm {
         flags: MemoryFlags,
     ) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let old = slots.get_mut(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
+        let old = slots
+            .by_gpa
+            .get_mut(&gpa)
+            .ok_or_else(|| Self::slot_error(gpa))?;
         if old.region.size() != region.size() {
             let (new, old) = (region.size(), old.region.size());
             return Err(AccelError::invalid(
@@ -396,7 +407,10 @@ impl Accel for AccelKvm {
 
     fn protect_memory(&mut self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let slot = slots.get_mut(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots
+            .by_gpa
+            .get_mut(&gpa)
+            .ok_or_else(|| Self::slot_error(gpa))?;
         self.vm.check_flags(gpa, &slot.region, flags)?;
         let new = Slot {
             number: slot.number,
@@ -417,14 +431,17 @@ impl Accel for AccelKvm {
 
     fn take_dirty(&mut self, gpa: u64) -> VcpuResult<DirtyBitmap> {
         let slots = lock(&self.vm.slots);
-        let slot = slots.get(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots
+            .by_gpa
+            .get(&gpa)
+            .ok_or_else(|| Self::slot_error(gpa))?;
         if !slot.flags.contains(MemoryFlags::LOG_DIRTY) {
             return Err(AccelError::invalid(
                 "guest physical address",
                 format!("the mapping at {gpa:#x} is not logged"),
             ));
         }
-        self.vm.dirty.take(&self.vm.fd, slot)
+        self.vm.dirty.take(&self.vm.fd, slot)?.with_base(gpa)
     }
 
     fn create_irqchip(&mut self, chip: IrqChip) -> VcpuResult<()> {

@@ -39,6 +39,8 @@ const TSS: u64 = 0xfeff_d000;
 const SPLIT_PINS: u64 = 24;
 /// The TSC's MSR (Intel SDM vol. 4).
 const MSR_TSC: u32 = 0x10;
+/// KVM's vector of "page ready" interrupts (Linux `Documentation/virt/kvm/x86/msr.rst`).
+const MSR_KVM_ASYNC_PF_INT: u32 = 0x4b56_4d06;
 
 crate::impl_reg_accessors!(
     kb::kvm_regs,
@@ -86,7 +88,18 @@ pub(super) fn prepare_vm(fd: &VmFd) -> VcpuResult<()> {
     fd.set_identity_map_address(IDENTITY_MAP)
         .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
     fd.set_tss_address(TSS as usize)
-        .map_err(refused("KVM_SET_TSS_ADDR"))
+        .map_err(refused("KVM_SET_TSS_ADDR"))?;
+    // The calls that the kernel can hand over; it answers the others itself. A kernel that offers none is older.
+    let calls = fd.check_extension_raw(kb::KVM_CAP_EXIT_HYPERCALL.into());
+    if calls > 0 {
+        fd.enable_cap(&kb::kvm_enable_cap {
+            cap: kb::KVM_CAP_EXIT_HYPERCALL,
+            args: [calls as u64, 0, 0, 0],
+            ..Default::default()
+        })
+        .map_err(refused("KVM_CAP_EXIT_HYPERCALL"))?;
+    }
+    Ok(())
 }
 
 pub(super) fn capabilities(kvm: &Kvm, fd: &VmFd, caps: &mut Capabilities) -> VcpuResult<()> {
@@ -409,7 +422,12 @@ impl X86Vcpu for KvmVcpu {
             .kvm
             .get_msr_index_list()
             .map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(list.as_slice().to_vec())
+        let mut indices = list.as_slice().to_vec();
+        if !self.vm.has_local_apics() {
+            // The kernel lists it for every virtual machine, and refuses to set it where it could not interrupt.
+            indices.retain(|index| *index != MSR_KVM_ASYNC_PF_INT);
+        }
+        Ok(indices)
     }
 
     fn get_msrs(&self, indices: &[u32]) -> VcpuResult<Vec<X86Msr>> {
