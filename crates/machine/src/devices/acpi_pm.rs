@@ -25,8 +25,9 @@ pub const SCI_IRQ: u32 = 9;
 
 const TIMER_HZ: u128 = 3_579_545;
 const POWER_BUTTON: u16 = 1 << 8;
-/// Bits of PM1 status and enable that exist: power button only.
-const EVENTS: u16 = POWER_BUTTON;
+/// Bits of PM1 enable that keep what is written: timer, global lock, power button, sleep button, clock. All but the power
+/// button never happen, but operating systems enable them and complain if that does not stay.
+const ENABLES: u16 = 1 << 0 | 1 << 5 | POWER_BUTTON | 1 << 9 | 1 << 10;
 const SCI_ENABLED: u16 = 1 << 0;
 
 /// The register block.
@@ -85,7 +86,7 @@ impl AcpiPm {
         );
         match offset & !1 {
             0 => self.status &= !value,
-            2 => self.enable = (self.enable & kept | value) & EVENTS,
+            2 => self.enable = (self.enable & kept | value) & ENABLES,
             4 => {
                 // SLP_EN (bit 13) is write-only.
                 self.pm1_control = self.pm1_control & kept | value & !(1 << 13) | SCI_ENABLED;
@@ -175,7 +176,7 @@ mod tests {
         assert!(!line.is_asserted(), "not enabled yet");
         pm.write(2, &[0xff, 0xff]);
         assert!(line.is_asserted());
-        assert_eq!(get(&mut pm, 0), [0, 1, 0, 1]);
+        assert_eq!(get(&mut pm, 0), [0, 1, 0x21, 7]);
         pm.write(0, &[0xff, 0]);
         assert!(line.is_asserted());
         pm.write(0, &[0, 1]);

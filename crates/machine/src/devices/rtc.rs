@@ -2,7 +2,7 @@
 //!
 //! The guest may set the time: that moves its own clock against the host's. There are no interrupts: alarm
 //! registers keep what is written and nothing more, and of the flags only "update ended" works, by polling.
-//! The ACPI tables therefore give the clock no interrupt, and Linux reports it as one without alarms.
+//! The ACPI tables therefore give the clock no interrupt. (Linux assumes IRQ 8 then; an alarm that is set there never rings.)
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
