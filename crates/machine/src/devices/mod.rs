@@ -10,4 +10,5 @@ pub mod ioapic;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
+pub mod testdev;
 pub mod uart;

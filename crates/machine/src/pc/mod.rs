@@ -1,7 +1,8 @@
 //! The board `pc`: a PC without PCI, as small as operating systems accept, in the manner of QEMU's `microvm` and Firecracker.
 //!
 //! Ports: UART 0x3f8 (IRQ 4), RTC 0x70, i8042 0x60/0x64 (IRQ 1), ports 0x61, 0x80 and 0x92, PCI configuration 0xcf8 with
-//! the reset register 0xcf9, exit port 0xf4, fw_cfg 0x510, ACPI PM 0x600 (IRQ 9). PIC, PIT, I/O APIC and local APICs are
+//! the reset register 0xcf9, exit port 0xf4, fw_cfg 0x510, ACPI PM 0x600 (IRQ 9), and the [test
+//! device](crate::devices::testdev). PIC, PIT, I/O APIC and local APICs are
 //! the accelerator's. Memory: see [`memory`].
 
 pub mod acpi;
@@ -23,6 +24,10 @@ use crate::devices::exit_port::{EXIT_PORT, EXIT_PORT_LEN, ExitPort};
 use crate::devices::fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg};
 use crate::devices::i8042::{COMMAND_PORT, DATA_PORT, I8042};
 use crate::devices::rtc::{RTC_LEN, RTC_PORT, Rtc};
+use crate::devices::testdev::{
+    TEST_IRQ_PORT, TEST_MEMORY, TEST_MEMORY_LEN, TEST_PORT, TEST_PORT_LEN, TestIrqs, TestMemory,
+    TestPorts,
+};
 use crate::devices::uart::{UART_PORTS, Uart};
 use crate::irq::IrqPin;
 use memory::RamLayout;
@@ -136,9 +141,26 @@ impl Board {
             Arc::new(Mutex::new(PciConfig::new(control.clone()))),
         )?;
         ports.register(FW_CFG_PORT, FW_CFG_LEN, Arc::new(Mutex::new(fw_cfg)))?;
+        let lines = (0..IO_APIC_PINS).map(pin).collect();
+        ports.register(
+            TEST_PORT,
+            TEST_PORT_LEN,
+            Arc::new(Mutex::new(TestPorts::default())),
+        )?;
+        ports.register(
+            TEST_IRQ_PORT,
+            IO_APIC_PINS.into(),
+            Arc::new(Mutex::new(TestIrqs::new(lines))),
+        )?;
+        let mut mmio = Bus::mmio();
+        mmio.register(
+            TEST_MEMORY,
+            TEST_MEMORY_LEN,
+            Arc::new(Mutex::new(TestMemory::default())),
+        )?;
         Ok(Self {
             ports,
-            mmio: Bus::mmio(),
+            mmio,
             uart,
             pm,
         })

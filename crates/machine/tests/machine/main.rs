@@ -378,6 +378,85 @@ fn the_acpi_tables_are_where_the_guest_looks() {
     }
 }
 
+/// A guest's accesses to memory that exits, in each width.
+#[test]
+fn memory_mapped_devices_are_reached() {
+    for (outcome, text) in run(1, |a| {
+        // Unreal mode: a data segment that reaches 4 GiB, loaded in protected mode.
+        let table = aside(a, |a| {
+            a.db(&[0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0x92, 0xcf, 0])
+        })?;
+        a.xor(ax, ax)?;
+        a.mov(ds, ax)?;
+        a.mov(word_ptr(0x500), 15)?;
+        a.mov(dword_ptr(0x502), table)?;
+        a.lgdt(fword_ptr(0x500))?;
+        a.mov(eax, cr0)?;
+        a.or(al, 1)?;
+        a.mov(cr0, eax)?;
+        a.mov(bx, 8)?;
+        a.mov(ds, bx)?;
+        a.and(al, 0xfe)?;
+        a.mov(cr0, eax)?;
+        a.mov(ebx, 0xff00_0000u32)?;
+        a.mov(dword_ptr(ebx), 0x6463_6261)?;
+        a.mov(word_ptr(ebx + 1), 0x5a59)?;
+        a.mov(byte_ptr(ebx + 3), u32::from(b'!'))?;
+        a.mov(eax, dword_ptr(ebx))?;
+        a.mov(dx, 0x3f8)?;
+        for _ in 0..4 {
+            a.out(dx, al)?;
+            a.shr(eax, 8)?;
+        }
+        a.mov(dx, 0x604)?;
+        a.mov(ax, 0x2000)?;
+        a.out(dx, ax)
+    }) {
+        assert_eq!((outcome, text.as_str()), (Outcome::Shutdown, "aYZ!"));
+    }
+}
+
+#[test]
+fn firmware_starts_at_the_reset_vector_and_may_write_to_its_low_copy_only() {
+    const SIZE: usize = 0x1_0000;
+    let mut image = vec![0xf4; SIZE];
+    // At 0xf000:0x0000: write to both copies of the byte at 0x100, add what reads back.
+    let code = assemble(Bits::B16, 0, |a| {
+        a.mov(ax, 0xf000)?;
+        a.mov(ds, ax)?;
+        a.mov(byte_ptr(0x100), 0x21)?;
+        a.mov(al, byte_ptr(0x100))?;
+        a.out(0xf4, al)?;
+        a.hlt()
+    });
+    image[..code.len()].copy_from_slice(&code);
+    // At the reset vector: a far jump to it.
+    image[SIZE - 16..SIZE - 11].copy_from_slice(&[0xea, 0x00, 0x00, 0x00, 0xf0]);
+    for kind in kinds() {
+        let accel = Box::new(PlatformBackend::new(kind).unwrap());
+        let firmware = Guest {
+            kind: BootKind::Exactly(Protocol::Firmware),
+            ..Guest::new(&image)
+        };
+        let machine = Machine::new(
+            accel,
+            &MachineConfig::default(),
+            &firmware,
+            Box::new(std::io::sink()),
+        )
+        .unwrap();
+        let memory = machine.memory();
+        assert_eq!(machine.run(LIMIT), Outcome::ExitPort(0x21));
+        assert_eq!(
+            (
+                memory.read_u8(0xf_0100).unwrap(),
+                memory.read_u8(0xffff_0100).unwrap()
+            ),
+            (0x21, 0xf4)
+        );
+    }
+}
+
 #[test]
 fn a_closed_serial_port_ends_the_machine_with_a_reason() {
     struct Closed;
