@@ -299,23 +299,29 @@ pub(crate) fn exercise(
         data: &[0xa5; 0x1234],
         cmdline: "module",
     }];
-    let takes_none = matches!(kind, BootKind::Exactly(Protocol::Flat | Protocol::Firmware));
-    let request = BootRequest {
+    let bare = BootRequest {
         kind,
-        cmdline: if takes_none { "" } else { "console=ttyS0" },
-        modules: if takes_none { &[] } else { &modules },
-        acpi_rsdp: Some(0xe_0000),
-        flat_address: if arch == GuestArch::X86_64 {
-            0x7c00
-        } else {
-            0x4008_0000
-        },
         ..BootRequest::new(arch, image, memory)
     };
+    let full = BootRequest {
+        cmdline: "console=ttyS0",
+        modules: &modules,
+        acpi_rsdp: Some(0xe_0000),
+        ..bare
+    };
+    let takes_none = matches!(kind, BootKind::Exactly(Protocol::Flat | Protocol::Firmware));
+    exercise_request(if takes_none { &bare } else { &full })
+}
+
+/// Plans a request and checks the plan.
+///
+/// # Panics
+/// If what [`BootPlan`] promises does not hold.
+pub(crate) fn exercise_request(request: &BootRequest<'_>) -> Result<(), BootError> {
     let plan = request
         .plan()
         .inspect_err(|error| assert!(!error.to_string().is_empty()))?;
-    check(&plan, memory);
+    check(&plan, request.memory);
     Ok(())
 }
 
