@@ -124,6 +124,20 @@ pub(crate) fn restore_legacy(st: &mut CpuState, image: &[u8; 512]) -> bool {
     true
 }
 
+impl CpuState {
+    /// The x87 and SSE state as FXSAVE64 stores it.
+    #[must_use]
+    pub fn fxsave(&self) -> [u8; 512] {
+        legacy_image(self, true)
+    }
+
+    /// Takes over an image of FXSAVE64. `false` if MXCSR has reserved bits; nothing is changed then.
+    #[must_use = "an image that was refused changed nothing"]
+    pub fn fxrstor(&mut self, image: &[u8; 512]) -> bool {
+        restore_legacy(self, image)
+    }
+}
+
 impl Core {
     /// XMM registers that the mode can name.
     fn xmm_count(&self) -> usize {

@@ -9,7 +9,8 @@ use super::{discard, host_page_size};
 use crate::error::{AccelError, VcpuResult};
 use std::fmt;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::sync::atomic::Ordering;
 
 /// How a file becomes guest memory.
@@ -42,8 +43,17 @@ pub enum FileMapping {
 #[derive(Clone)]
 pub struct GuestRegion(Arc<Inner>);
 
+/// Who must know when the host writes to a region: a software CPU, which may have decoded code from there.
+pub(crate) trait WriteWatcher: Send + Sync {
+    /// The host wrote `len` bytes at `offset`.
+    fn written(&self, offset: u64, len: u64);
+}
+
 struct Inner {
     mapping: Mapping,
+    /// There is a watcher, or was one.
+    watched: AtomicBool,
+    watchers: RwLock<Vec<Weak<dyn WriteWatcher>>>,
     /// None: anonymous.
     backing: Option<FileMapping>,
     dirty: HostDirty,
@@ -117,9 +127,31 @@ impl GuestRegion {
         let dirty = HostDirty::new(mapping.len() as u64);
         Self(Arc::new(Inner {
             mapping,
+            watched: AtomicBool::new(false),
+            watchers: RwLock::default(),
             backing,
             dirty,
         }))
+    }
+
+    /// Tells `watcher` of every later write by the host, as long as it lives.
+    pub(crate) fn watch(&self, watcher: Weak<dyn WriteWatcher>) {
+        let mut watchers = self.0.watchers.write().unwrap_or_else(PoisonError::into_inner);
+        watchers.retain(|old| old.strong_count() != 0);
+        watchers.push(watcher);
+        self.0.watched.store(true, Ordering::Release);
+    }
+
+    /// The host has written: notes it, and tells who wants to know.
+    #[inline]
+    fn wrote(&self, offset: u64, len: u64) {
+        self.0.dirty.mark(offset, len);
+        if self.0.watched.load(Ordering::Acquire) {
+            let watchers = self.0.watchers.read().unwrap_or_else(PoisonError::into_inner);
+            for watcher in watchers.iter().filter_map(Weak::upgrade) {
+                watcher.written(offset, len);
+            }
+        }
     }
 
     /// Bytes in the region: a multiple of [`host_page_size`], never 0.
@@ -181,7 +213,7 @@ impl GuestRegion {
         let dst = self.writable_range(offset, data.len() as u64)?;
         // SAFETY: `writable_range` checked that the bytes lie in the mapping and may be written; `self` keeps it alive.
         unsafe { access::write(dst, data) };
-        self.0.dirty.mark(offset, data.len() as u64);
+        self.wrote(offset, data.len() as u64);
         Ok(())
     }
 
@@ -193,7 +225,7 @@ impl GuestRegion {
         let dst = self.writable_range(offset, len)?;
         // SAFETY: as in `write`; a length that lies in the mapping fits usize.
         unsafe { access::fill(dst, len as usize, byte) };
-        self.0.dirty.mark(offset, len);
+        self.wrote(offset, len);
         Ok(())
     }
 
@@ -226,7 +258,7 @@ impl GuestRegion {
         let ptr = self.word::<T>(offset, Self::writable_range)?;
         // SAFETY: `word` checked range, alignment and write access in the mapping; the order was checked.
         unsafe { value.store(ptr, order) };
-        self.0.dirty.mark(offset, size_of::<T>() as u64);
+        self.wrote(offset, size_of::<T>() as u64);
         Ok(())
     }
 
@@ -248,7 +280,7 @@ impl GuestRegion {
         // SAFETY: `word` checked range, alignment and write access in the mapping; the failure order was checked.
         let outcome = unsafe { T::compare_exchange(ptr, current, new, success, failure) };
         if outcome.is_ok() {
-            self.0.dirty.mark(offset, size_of::<T>() as u64);
+            self.wrote(offset, size_of::<T>() as u64);
         }
         Ok(outcome)
     }
@@ -272,7 +304,7 @@ impl GuestRegion {
         }
         // SAFETY: the range was checked, the mapping is alive, and its backing is what it was made with.
         unsafe { discard::discard(ptr, len as usize, self.0.backing)? };
-        self.0.dirty.mark(offset, len);
+        self.wrote(offset, len);
         Ok(())
     }
 
@@ -298,7 +330,7 @@ impl GuestRegion {
     /// [`AccelError::InvalidArgument`] if the range does not lie within the region.
     pub fn mark_dirty(&self, offset: u64, len: u64) -> VcpuResult<()> {
         self.range(offset, len)?;
-        self.0.dirty.mark(offset, len);
+        self.wrote(offset, len);
         Ok(())
     }
 

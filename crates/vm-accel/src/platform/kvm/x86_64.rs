@@ -12,20 +12,19 @@
 //!   are written with the ioctl.
 
 use super::vcpu::KvmVcpu;
-use super::{AccelKvm, KvmVm, errno, refused};
+use super::{AccelKvm, ArchVm, KvmVm, errno, refused};
 use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, MemoryFlags};
 use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm as ffi;
 use crate::macros::struct_map;
 use crate::memory::GuestRegion;
+use crate::regs::aarch64::Aarch64Vcpu;
 use crate::regs::x86_64::{
     CpuidEntry, DescriptorTable, FXSAVE_SIZE, LapicState, MpState, Reg, Segment, X86DebugRegs,
     X86Events, X86FpuRegs, X86Msr, X86Sregs, X86Vcpu, Xcr,
 };
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{
-    BreakOn, DebugEvent, FromGuestRegs, GuestDebug, ToGuestRegs, VcpuExit, VcpuOps,
-};
+use crate::regs::{FpuRegs, GuestRegs, x86_debug};
+use crate::vcpu_common::{DebugEvent, FromGuestRegs, GuestDebug, ToGuestRegs, VcpuExit, VcpuOps};
 use kvm_bindings as kb;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::cell::Cell;
@@ -120,7 +119,26 @@ pub(super) fn capabilities(kvm: &Kvm, fd: &VmFd, caps: &mut Capabilities) -> Vcp
     Ok(())
 }
 
-pub(super) fn create_irqchip(fd: &VmFd, chip: IrqChip) -> VcpuResult<()> {
+/// What only this architecture keeps per virtual machine.
+#[derive(Debug, Default)]
+pub(super) struct VmArch;
+
+/// The machine type for KVM_CREATE_VM.
+pub(super) fn vm_type(_kvm: &Kvm) -> u64 {
+    0
+}
+
+/// Sets an interrupt line.
+pub(super) fn set_line(vm: &KvmVm, gsi: u32, level: bool) -> VcpuResult<()> {
+    vm.fd
+        .set_irq_line(gsi, level)
+        .map_err(refused("KVM_IRQ_LINE"))
+}
+
+impl ArchVm for VmArch {}
+
+pub(super) fn create_irqchip(vm: &KvmVm, chip: IrqChip) -> VcpuResult<()> {
+    let fd = &vm.fd;
     if chip == IrqChip::Split {
         return fd
             .enable_cap(&kb::kvm_enable_cap {
@@ -176,23 +194,9 @@ pub(super) fn emulates_ring0(vm: &mut AccelKvm) -> VcpuResult<Option<bool>> {
     Ok(None)
 }
 
-/// What a debug exit was, from the debug registers that it carries.
+/// What a debug exit was, from the debug registers that it carries. KVM does not report DR0–DR3.
 pub(super) fn debug_event(debug: &kb::kvm_debug_exit_arch) -> DebugEvent {
-    const BREAKPOINT_EXCEPTION: u32 = 3;
-    const SINGLE_STEP: u64 = 1 << 14;
-    let pc = debug.pc;
-    if debug.exception == BREAKPOINT_EXCEPTION {
-        return DebugEvent::SoftwareBreakpoint { pc };
-    }
-    let hit = debug.dr6.trailing_zeros();
-    if hit < 4 && debug.dr6 & SINGLE_STEP == 0 {
-        return match debug.dr7 >> (16 + 4 * hit) & 3 {
-            0 => DebugEvent::HardwareBreakpoint { pc },
-            // KVM does not report DR0–DR3.
-            _ => DebugEvent::Watchpoint { pc, addr: None },
-        };
-    }
-    DebugEvent::SingleStep { pc }
+    x86_debug::debug_event(debug.exception as u8, debug.pc, debug.dr6, debug.dr7, None)
 }
 
 /// State of this library about a vCPU's registers.
@@ -220,10 +224,38 @@ impl VcpuArch {
 }
 
 impl KvmVcpu {
-    pub(super) fn arch_init(&mut self) {
+    pub(super) fn arch_init(&mut self) -> VcpuResult<()> {
         if self.arch.sync {
             self.run_area_mut().kvm_valid_regs = u64::from(kb::KVM_SYNC_X86_REGS);
         }
+        Ok(())
+    }
+
+    /// The kernel finishes every access itself.
+    #[inline(always)]
+    pub(super) fn arch_resume(&mut self) -> VcpuResult<Option<VcpuExit>> {
+        Ok(None)
+    }
+
+    /// An exit that only this architecture could have.
+    #[cold]
+    pub(super) fn arch_exit(&mut self, _reason: u32) -> VcpuResult<VcpuExit> {
+        Ok(VcpuExit::Unknown)
+    }
+
+    /// The kernel writes the hypercall's result to RAX when it goes on: let that be what stands there.
+    #[cold]
+    pub(super) fn arch_finish_call(&mut self) -> VcpuResult<()> {
+        let rax = self.arch_get_regs()?.gpr[Reg::Rax as usize];
+        self.run_area_mut().__bindgen_anon_1.hypercall.ret = rax;
+        Ok(())
+    }
+
+    pub(super) fn arch_debug_event(
+        &self,
+        debug: &kb::kvm_debug_exit_arch,
+    ) -> VcpuResult<DebugEvent> {
+        Ok(debug_event(debug))
     }
 
     /// The guest ran, or `KVM_RUN` failed: says whether the run area holds its registers now.
@@ -296,45 +328,9 @@ impl KvmVcpu {
     }
 
     pub(super) fn arch_set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()> {
-        if debug.hardware.len() > 4 {
-            return Err(AccelError::invalid(
-                "hardware breakpoints",
-                format!("{} were given, an x86 CPU has 4", debug.hardware.len()),
-            ));
-        }
+        let (addresses, dr7) = x86_debug::debug_registers(&debug.hardware)?;
         let mut theirs = kb::kvm_guest_debug::default();
-        // Intel SDM vol. 3, 18.2.4: enable bits, and type and length at 16 + 4n.
-        let mut dr7 = 0x400;
-        for (n, breakpoint) in debug.hardware.iter().enumerate() {
-            let kind = match breakpoint.on {
-                BreakOn::Execute => 0,
-                BreakOn::Write => 1,
-                BreakOn::Access => 3,
-            };
-            let len = match breakpoint.len {
-                1 => 0,
-                2 => 1,
-                4 => 3,
-                8 => 2,
-                other => {
-                    return Err(AccelError::invalid(
-                        "hardware breakpoint",
-                        format!("a length of {other} bytes"),
-                    ));
-                }
-            };
-            if (kind == 0 && len != 0) || breakpoint.addr % u64::from(breakpoint.len) != 0 {
-                return Err(AccelError::invalid(
-                    "hardware breakpoint",
-                    format!(
-                        "{} bytes at {:#x}: must be aligned, and 1 byte for execution",
-                        breakpoint.len, breakpoint.addr
-                    ),
-                ));
-            }
-            theirs.arch.debugreg[n] = breakpoint.addr;
-            dr7 |= 2 << (2 * n) | (kind | len << 2) << (16 + 4 * n);
-        }
+        theirs.arch.debugreg[..4].copy_from_slice(&addresses);
         theirs.arch.debugreg[7] = dr7;
         for (wanted, flag) in [
             (debug.single_step, kb::KVM_GUESTDBG_SINGLESTEP),
@@ -355,6 +351,10 @@ impl KvmVcpu {
 
     pub(super) fn arch_as_x86(&mut self) -> Option<&mut dyn X86Vcpu> {
         Some(self)
+    }
+
+    pub(super) fn arch_as_aarch64(&mut self) -> Option<&mut dyn Aarch64Vcpu> {
+        None
     }
 }
 
@@ -803,25 +803,5 @@ mod tests {
         copy_sregs!(&ours => &mut theirs);
         copy_sregs!(&theirs => &mut back);
         assert_eq!(back, ours);
-    }
-
-    #[test]
-    fn debug_exits_are_told_apart() {
-        let exit = |exception, dr6, dr7| {
-            debug_event(&kb::kvm_debug_exit_arch {
-                exception,
-                pc: 7,
-                dr6,
-                dr7,
-                ..Default::default()
-            })
-        };
-        assert_eq!(exit(3, 0, 0), DebugEvent::SoftwareBreakpoint { pc: 7 });
-        assert_eq!(exit(1, 0x4000, 0), DebugEvent::SingleStep { pc: 7 });
-        assert_eq!(exit(1, 2, 0), DebugEvent::HardwareBreakpoint { pc: 7 });
-        assert_eq!(
-            exit(1, 2, 1 << 20),
-            DebugEvent::Watchpoint { pc: 7, addr: None }
-        );
     }
 }

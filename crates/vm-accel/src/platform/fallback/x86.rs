@@ -1,0 +1,493 @@
+//! The groups of state of a software vCPU.
+
+use super::vcpu::FallbackVcpu;
+use crate::accel::AccelKind;
+use crate::error::{AccelError, RawCode, VcpuResult};
+use crate::macros::struct_map;
+use crate::platform::soft_apic::lock;
+use crate::regs::FpuRegs;
+use crate::regs::x86_64::{
+    CR0_PG, CR4_PAE, CpuidEntry, DescriptorTable, EFER_LMA, FXSAVE_SIZE, LapicState, MpState, Segment, X86DebugRegs,
+    X86Events, X86FpuRegs, X86Msr, X86Sregs, X86Vcpu, Xcr,
+};
+use crate::vcpu_common::VcpuOps as _;
+use vm_accel_softcpu::apic::Now;
+use vm_accel_softcpu::state::{self, seg};
+use vm_accel_softcpu::{CpuState, Exception};
+
+/// Legacy area and header: x87 and SSE are all there is.
+pub(super) const XSAVE_SIZE: usize = FXSAVE_SIZE + 64;
+/// XCR0 and XSTATE_BV bits that exist: x87 and SSE.
+const COMPONENTS: u64 = 3;
+
+/// The MSRs that a snapshot holds (Intel SDM vol. 4). Those of the local APIC are a group of their own, apart from the
+/// deadline, which the registers do not show.
+const MSRS: [u32; 17] = [
+    0x10, 0x3b, 0x174, 0x175, 0x176, 0x1a0, 0x1d9, 0x277, 0x2ff, 0xc000_0080, 0xc000_0081, 0xc000_0082, 0xc000_0083,
+    0xc000_0084, 0xc000_0102, 0xc000_0103, 0x6e0,
+];
+/// IA32_TSC_DEADLINE; exists with a local APIC.
+const TSC_DEADLINE: u32 = 0x6e0;
+
+struct_map!(DescriptorTable, state::Table { base = base, limit = limit });
+
+impl From<&state::Segment> for Segment {
+    fn from(theirs: &state::Segment) -> Self {
+        let bit = |n: u32| theirs.access >> n & 1 != 0;
+        Self {
+            base: theirs.base,
+            limit: theirs.limit,
+            selector: theirs.selector,
+            segment_type: theirs.kind(),
+            present: bit(7),
+            dpl: theirs.dpl(),
+            db: bit(14),
+            code_or_data: bit(4),
+            long: bit(13),
+            granularity: bit(15),
+            available: bit(12),
+            unusable: theirs.unusable,
+        }
+    }
+}
+
+impl From<&Segment> for state::Segment {
+    fn from(ours: &Segment) -> Self {
+        let bits = [
+            (ours.code_or_data, 4),
+            (ours.present, 7),
+            (ours.available, 12),
+            (ours.long, 13),
+            (ours.db, 14),
+            (ours.granularity, 15),
+        ];
+        let access = bits.iter().fold(0, |access, (set, bit)| access | u16::from(*set) << bit);
+        Self {
+            selector: ours.selector,
+            base: ours.base,
+            limit: ours.limit,
+            access: access | u16::from(ours.segment_type & 15) | u16::from(ours.dpl & 3) << 5,
+            unusable: ours.unusable,
+        }
+    }
+}
+
+/// Segment registers: ours, and the index of the CPU's.
+macro_rules! each_segment {
+    ($($field:ident = $index:ident),* ; $do:ident!($ours:expr, $theirs:expr)) => {
+        $(each_segment!(@$do $ours.$field, $theirs.segs[seg::$index]);)*
+    };
+    (@get $ours:expr, $theirs:expr) => { $ours = (&$theirs).into() };
+    (@set $ours:expr, $theirs:expr) => { $theirs = (&$ours).into() };
+}
+
+/// The exception of a vector and an error code, as an event restores it.
+fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
+    let selector = code as u16;
+    let plain = [
+        Exception::De,
+        Exception::Bp,
+        Exception::Of,
+        Exception::Br,
+        Exception::Ud,
+        Exception::Nm,
+        Exception::Df,
+        Exception::Mf,
+        Exception::Ac,
+        Exception::Xm,
+    ];
+    match vector {
+        1 => Some(Exception::Db(payload)),
+        10 => Some(Exception::Ts(selector)),
+        11 => Some(Exception::Np(selector)),
+        12 => Some(Exception::Ss(selector)),
+        13 => Some(Exception::Gp(selector)),
+        14 => Some(Exception::Pf { addr: payload, code }),
+        _ => plain.into_iter().find(|exception| exception.vector() == vector),
+    }
+}
+
+/// A refusal of the software CPU, which has no codes: the errno that hypervisors use.
+fn refused(op: &'static str) -> AccelError {
+    const EINVAL: i32 = 22;
+    AccelError::Backend { kind: AccelKind::Fallback, op, code: RawCode::Errno(EINVAL) }
+}
+
+impl FallbackVcpu {
+    pub(super) fn fpu(&self) -> VcpuResult<FpuRegs> {
+        Ok(FpuRegs::X86(X86FpuRegs::from_fxsave(&self.cpu.borrow().state().fxsave())))
+    }
+
+    pub(super) fn set_fpu(&mut self, regs: &FpuRegs) -> VcpuResult<()> {
+        let regs = regs.as_x86()?;
+        regs.check(0xffff)?;
+        self.change(|state| {
+            let mut image = state.fxsave();
+            regs.write_fxsave(&mut image);
+            state.fxrstor(&image).then_some(()).ok_or_else(|| refused("setting the FPU registers"))
+        })
+    }
+
+    /// Changes the state; an error must leave it as it was.
+    fn change<T>(&mut self, change: impl FnOnce(&mut CpuState) -> VcpuResult<T>) -> VcpuResult<T> {
+        let mut result = None;
+        self.cpu.get_mut().update(|state| result = Some(change(state)));
+        result.unwrap_or_else(|| Err(refused("changing the state")))
+    }
+
+    fn apic_now(&self) -> Now {
+        let cpu = self.cpu.borrow();
+        Now { ns: u64::try_from(self.vm.config.start.elapsed().as_nanos()).unwrap_or(u64::MAX), tsc: cpu.tsc() }
+    }
+
+    fn need_apic(&self) -> VcpuResult<()> {
+        if self.has_apic { Ok(()) } else { Err(self.unsupported("the local APIC of a machine without one")) }
+    }
+
+    /// The page-directory pointers that a CPU loads with CR3 in PAE mode (Intel SDM vol. 3, 4.4.1).
+    fn page_directory_pointers(&self, sregs: &X86Sregs) -> VcpuResult<[u64; 4]> {
+        let is_pae = sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0;
+        let mut bytes = [0; 32];
+        if is_pae {
+            let at = sregs.cr3 & 0xffff_ffe0;
+            let slots = lock(&self.vm.slots);
+            if let Some((start, slot)) = slots.range(..=at).next_back() {
+                slot.region.read(at - start, &mut bytes)?;
+            }
+        }
+        Ok(std::array::from_fn(|n| u64::from_le_bytes(std::array::from_fn(|i| bytes[8 * n + i]))))
+    }
+}
+
+impl X86Vcpu for FallbackVcpu {
+    fn get_sregs(&self) -> VcpuResult<X86Sregs> {
+        let mut cpu = self.cpu.borrow_mut();
+        let cr8 = cpu.bus_mut().cr8();
+        let state = cpu.state();
+        let mut sregs = X86Sregs {
+            tr: (&state.tr).into(),
+            ldt: (&state.ldtr).into(),
+            gdt: (&state.gdtr).into(),
+            idt: (&state.idtr).into(),
+            cr0: state.cr0,
+            cr2: state.cr2,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            cr8: cr8.into(),
+            efer: state.msr.efer,
+            apic_base: lock(&self.apic.apic).base(),
+            ..X86Sregs::default()
+        };
+        each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; get!(sregs, state));
+        Ok(sregs)
+    }
+
+    fn set_sregs(&mut self, sregs: &X86Sregs) -> VcpuResult<()> {
+        use state::{cr0, cr4, efer};
+        let unknown = sregs.cr0 & !cr0::ALL | sregs.efer & !(efer::SCE | efer::LME | efer::LMA | efer::NXE);
+        let long = sregs.efer & (efer::LME | efer::LMA);
+        let needs = (sregs.cr0 & cr0::PG == 0 || sregs.cr0 & cr0::PE != 0)
+            && (long & efer::LMA == 0 || long & efer::LME != 0 && sregs.cr4 & cr4::PAE != 0);
+        if unknown != 0 || !needs {
+            return Err(refused("setting the special registers"));
+        }
+        if self.has_apic && lock(&self.apic.apic).base() != sregs.apic_base {
+            lock(&self.apic.apic).restore_base(sregs.apic_base).map_err(|_| refused("setting the APIC base"))?;
+        }
+        let pdpte = self.page_directory_pointers(sregs)?;
+        self.cpu.get_mut().bus_mut().set_cr8(sregs.cr8 as u8 & 15);
+        self.change(|state| {
+            each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; set!(sregs, state));
+            state.tr = (&sregs.tr).into();
+            state.ldtr = (&sregs.ldt).into();
+            state.gdtr = (&sregs.gdt).into();
+            state.idtr = (&sregs.idt).into();
+            (state.cr0, state.cr2, state.cr3, state.cr4) = (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4);
+            state.msr.efer = sregs.efer;
+            state.pdpte = pdpte;
+            // The stack segment's privilege is the CPU's (Intel SDM vol. 3, 5.5); real mode has none.
+            state.cpl = if sregs.cr0 & cr0::PE != 0 { sregs.ss.dpl & 3 } else { 0 };
+            Ok(())
+        })
+    }
+
+    fn msr_indices(&self) -> VcpuResult<Vec<u32>> {
+        Ok(MSRS.into_iter().filter(|index| self.has_apic || *index != TSC_DEADLINE).collect())
+    }
+
+    fn get_msrs(&self, indices: &[u32]) -> VcpuResult<Vec<X86Msr>> {
+        let mut cpu = self.cpu.borrow_mut();
+        let read = |(done, &index): (usize, &u32)| {
+            let failed = AccelError::Msr { kind: AccelKind::Fallback, op: "get_msrs", index, done };
+            cpu.msr(index).map(|value| X86Msr { index, value }).ok_or(failed)
+        };
+        indices.iter().enumerate().map(read).collect()
+    }
+
+    fn set_msrs(&mut self, msrs: &[X86Msr]) -> VcpuResult<()> {
+        const EFER: u32 = 0xc000_0080;
+        for (done, &X86Msr { index, value }) in msrs.iter().enumerate() {
+            // WRMSR cannot set LMA, which a restored state has.
+            let is_set = index == EFER && self.cpu.get_mut().state().msr.efer == value
+                || self.cpu.get_mut().set_msr(index, value);
+            if !is_set {
+                return Err(AccelError::Msr { kind: AccelKind::Fallback, op: "set_msrs", index, done });
+            }
+        }
+        Ok(())
+    }
+
+    fn supported_cpuid(&self) -> VcpuResult<Vec<CpuidEntry>> {
+        let config = self.vm.config;
+        let fresh = vm_accel_softcpu::Cpu::new(
+            self.get_id(),
+            config,
+            vm_accel_softcpu::Ram::new(),
+            Box::new(vm_accel_softcpu::NoBus),
+        );
+        Ok(fresh.cpuid().iter().map(cpuid_entry).collect())
+    }
+
+    fn get_cpuid(&self) -> VcpuResult<Vec<CpuidEntry>> {
+        Ok(self.cpu.borrow().cpuid().iter().map(cpuid_entry).collect())
+    }
+
+    fn set_cpuid(&mut self, entries: &[CpuidEntry]) -> VcpuResult<()> {
+        const MOST: usize = 256;
+        if entries.len() > MOST {
+            return Err(AccelError::invalid("CPUID", format!("{} entries are more than {MOST}", entries.len())));
+        }
+        let theirs: Vec<_> = entries
+            .iter()
+            .map(|ours| vm_accel_softcpu::CpuidEntry {
+                leaf: ours.leaf,
+                subleaf: ours.subleaf.unwrap_or(0),
+                eax: ours.eax,
+                ebx: ours.ebx,
+                ecx: ours.ecx,
+                edx: ours.edx,
+            })
+            .collect();
+        self.cpu.get_mut().set_cpuid(&theirs);
+        Ok(())
+    }
+
+    fn get_xsave(&self) -> VcpuResult<Vec<u8>> {
+        let mut area = vec![0; XSAVE_SIZE];
+        area[..FXSAVE_SIZE].copy_from_slice(&self.cpu.borrow().state().fxsave());
+        area[FXSAVE_SIZE..FXSAVE_SIZE + 8].copy_from_slice(&COMPONENTS.to_le_bytes());
+        Ok(area)
+    }
+
+    fn set_xsave(&mut self, area: &[u8]) -> VcpuResult<()> {
+        if area.len() != XSAVE_SIZE {
+            let len = area.len();
+            return Err(AccelError::invalid("XSAVE area", format!("{len} bytes were given, {XSAVE_SIZE} are needed")));
+        }
+        // The header: components in use, then the compaction word and reserved bytes, which must be 0 (SDM vol. 1, 13.8).
+        let (in_use, rest) = area[FXSAVE_SIZE..].split_at(8);
+        if in_use[0] & !(COMPONENTS as u8) != 0 || in_use[1..].iter().chain(rest).any(|byte| *byte != 0) {
+            return Err(refused("setting the XSAVE area"));
+        }
+        let regs = X86FpuRegs::from_xsave(area)?;
+        self.set_fpu(&FpuRegs::X86(regs))
+    }
+
+    fn get_xcrs(&self) -> VcpuResult<Vec<Xcr>> {
+        Ok(vec![Xcr { index: 0, value: self.cpu.borrow().state().xcr0 }])
+    }
+
+    fn set_xcrs(&mut self, xcrs: &[Xcr]) -> VcpuResult<()> {
+        if xcrs.iter().any(|xcr| xcr.index != 0 || xcr.value & 1 == 0 || xcr.value & !COMPONENTS != 0) {
+            return Err(refused("setting XCR0"));
+        }
+        self.change(|state| {
+            state.xcr0 = xcrs.last().map_or(state.xcr0, |xcr| xcr.value);
+            Ok(())
+        })
+    }
+
+    fn get_debug_regs(&self) -> VcpuResult<X86DebugRegs> {
+        let cpu = self.cpu.borrow();
+        let state = cpu.state();
+        Ok(X86DebugRegs { db: state.dr, dr6: state.dr6, dr7: state.dr7 })
+    }
+
+    fn set_debug_regs(&mut self, regs: &X86DebugRegs) -> VcpuResult<()> {
+        if (regs.dr6 | regs.dr7) >> 32 != 0 {
+            return Err(refused("setting the debug registers"));
+        }
+        self.change(|state| {
+            (state.dr, state.dr6, state.dr7) = (regs.db, regs.dr6, regs.dr7);
+            Ok(())
+        })
+    }
+
+    fn get_events(&self) -> VcpuResult<X86Events> {
+        let cpu = self.cpu.borrow();
+        let events = &cpu.state().events;
+        Ok(X86Events {
+            exception_injected: events.exception.map(Exception::vector),
+            exception_error_code: events.exception.and_then(Exception::error_code),
+            exception_payload: match events.exception {
+                Some(Exception::Db(dr6)) => Some(dr6),
+                Some(Exception::Pf { addr, .. }) => Some(addr),
+                _ => None,
+            },
+            interrupt_injected: events.interrupt,
+            sti_shadow: events.sti_shadow,
+            mov_ss_shadow: events.mov_ss_shadow,
+            nmi_pending: events.nmi || self.apic.signals().nmi,
+            nmi_masked: events.nmi_blocked,
+            sipi_vector: self.apic.signals().startup.unwrap_or(0),
+            triple_fault_pending: events.shutdown,
+            ..X86Events::default()
+        })
+    }
+
+    fn set_events(&mut self, events: &X86Events) -> VcpuResult<()> {
+        if events.smm {
+            return Err(self.unsupported("system-management mode"));
+        }
+        let vector = events.exception_injected.or(events.exception_pending);
+        let exception = match vector {
+            None => None,
+            Some(vector) => {
+                let code = events.exception_error_code.unwrap_or(0);
+                // A page fault's address is in CR2 already unless the payload says otherwise.
+                let cr2 = self.cpu.get_mut().state().cr2;
+                let payload = events.exception_payload.unwrap_or(if vector == 14 { cr2 } else { 0 });
+                let found = exception(vector, code, payload);
+                Some(found.ok_or_else(|| AccelError::invalid("exception", format!("{vector} is none of this CPU's")))?)
+            }
+        };
+        self.change(|state| {
+            state.events.exception = exception;
+            state.events.interrupt = events.interrupt_injected;
+            state.events.nmi = events.nmi_pending || events.nmi_injected;
+            state.events.nmi_blocked = events.nmi_masked;
+            state.events.sti_shadow = events.sti_shadow;
+            state.events.mov_ss_shadow = events.mov_ss_shadow;
+            state.events.shutdown = events.triple_fault_pending;
+            Ok(())
+        })
+    }
+
+    fn get_lapic(&self) -> VcpuResult<LapicState> {
+        self.need_apic()?;
+        let now = self.apic_now();
+        Ok(LapicState { regs: lock(&self.apic.apic).page(now) })
+    }
+
+    fn set_lapic(&mut self, lapic: &LapicState) -> VcpuResult<()> {
+        self.need_apic()?;
+        let now = self.apic_now();
+        lock(&self.apic.apic).set_page(&lapic.regs, now);
+        Ok(())
+    }
+
+    fn get_mp_state(&self) -> VcpuResult<MpState> {
+        Ok(match self.mp_state {
+            MpState::Runnable if self.cpu.borrow().state().events.halted => MpState::Halted,
+            other => other,
+        })
+    }
+
+    fn set_mp_state(&mut self, state: MpState) -> VcpuResult<()> {
+        let (ours, halted) = match state {
+            MpState::Runnable => (MpState::Runnable, false),
+            MpState::Halted => (MpState::Runnable, true),
+            MpState::Uninitialized | MpState::InitReceived => (state, false),
+            MpState::SipiReceived => return Err(self.unsupported("an MP state between start-up and running")),
+        };
+        self.mp_state = ours;
+        self.change(|state| {
+            state.events.halted = halted;
+            Ok(())
+        })
+    }
+
+    fn get_tsc_khz(&self) -> VcpuResult<u32> {
+        Ok((self.cpu.borrow().tsc_frequency() / 1000) as u32)
+    }
+
+    fn set_tsc_khz(&mut self, khz: u32) -> VcpuResult<()> {
+        if self.get_tsc_khz()? == khz { Ok(()) } else { Err(self.unsupported("scaling the TSC")) }
+    }
+
+    fn get_tsc(&self) -> VcpuResult<u64> {
+        Ok(self.cpu.borrow().tsc())
+    }
+
+    fn set_tsc(&mut self, value: u64) -> VcpuResult<()> {
+        self.cpu.get_mut().set_tsc(value);
+        Ok(())
+    }
+
+    fn inject_interrupt(&mut self, vector: u8) -> VcpuResult<()> {
+        if self.cpu.get_mut().can_take_interrupt() && self.cpu.get_mut().inject_interrupt(vector) {
+            return Ok(());
+        }
+        Err(AccelError::invalid("interrupt", "the guest cannot take one now; ask for an interrupt window"))
+    }
+
+    fn ready_for_interrupt(&self) -> VcpuResult<bool> {
+        Ok(self.cpu.borrow().can_take_interrupt())
+    }
+
+    fn request_interrupt_window(&mut self, wanted: bool) -> VcpuResult<()> {
+        self.cpu.get_mut().request_interrupt_window(wanted);
+        Ok(())
+    }
+
+    fn inject_nmi(&mut self) -> VcpuResult<()> {
+        self.cpu.get_mut().inject_nmi();
+        Ok(())
+    }
+
+    fn translate(&self, linear: u64) -> VcpuResult<Option<u64>> {
+        Ok(self.cpu.borrow_mut().translate(linear))
+    }
+
+    fn group_unsupported(&self, what: &'static str) -> AccelError {
+        self.unsupported(what)
+    }
+}
+
+fn cpuid_entry(theirs: &vm_accel_softcpu::CpuidEntry) -> CpuidEntry {
+    // The leaves of this CPU whose answer depends on ECX.
+    let has_subleaves = matches!(theirs.leaf, 4 | 7 | 0xb | 0xd);
+    CpuidEntry {
+        leaf: theirs.leaf,
+        subleaf: has_subleaves.then_some(theirs.subleaf),
+        eax: theirs.eax,
+        ebx: theirs.ebx,
+        ecx: theirs.ecx,
+        edx: theirs.edx,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_round_trip() {
+        for ours in [Segment::code64(8, 3), Segment::flat_data(16, 0), Segment::busy_tss(24, 0x1000, 0x67)] {
+            let theirs = state::Segment::from(&ours);
+            assert_eq!(Segment::from(&theirs), ours);
+        }
+        assert_eq!(state::Segment::from(&Segment::real_mode(0x1234)), state::Segment::real(0x1234, false));
+    }
+
+    #[test]
+    fn every_vector_that_is_an_exception_comes_back() {
+        for vector in 0..32 {
+            if let Some(exception) = exception(vector, 0, 0) {
+                assert_eq!(exception.vector(), vector);
+            }
+        }
+        assert_eq!(exception(14, 6, 0x1000), Some(Exception::Pf { addr: 0x1000, code: 6 }));
+        assert_eq!(exception(2, 0, 0), None);
+    }
+}
