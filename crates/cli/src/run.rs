@@ -95,6 +95,7 @@ fn build(args: &RunArgs, guest: &Guest<'_>, serial_file: Option<&File>) -> Resul
     let config = MachineConfig {
         memory: args.memory.0,
         cpus: args.cpus,
+        ..MachineConfig::default()
     };
     let serial: Box<dyn Write + Send> = match (&args.serial, serial_file) {
         (Serial::Stdio, _) => Box::new(console::Stdout),

@@ -80,19 +80,19 @@ pub enum Failure {
         /// The vCPU that halted last.
         cpu: u32,
     },
-    /// The operating system has no thread for a vCPU.
-    #[error("vCPU {cpu}: cannot start a thread for it: {message}")]
+    /// The operating system has no thread for a part of the machine.
+    #[error("cannot start the thread {thread}: {message}")]
     Thread {
-        /// The vCPU.
-        cpu: u32,
+        /// The thread's name, such as `vcpu0`.
+        thread: String,
         /// What the operating system said.
         message: String,
     },
-    /// The thread of a vCPU panicked: a bug of this program.
-    #[error("vCPU {cpu}: its thread panicked: {message}")]
+    /// A thread of the machine panicked: a bug of this program.
+    #[error("the thread {thread} panicked: {message}")]
     Panicked {
-        /// The vCPU.
-        cpu: u32,
+        /// The thread's name, such as `vcpu0`.
+        thread: String,
         /// What it said.
         message: String,
     },
@@ -104,11 +104,11 @@ pub enum Failure {
         /// What the operating system said.
         message: String,
     },
-    /// An interrupt could not be given to the guest.
-    #[error("interrupt line {gsi}: {source}")]
+    /// The accelerator does not take what the board's interrupt lines do.
+    #[error("interrupts: {what}: {source}")]
     Interrupt {
-        /// The global system interrupt.
-        gsi: u32,
+        /// The line or the table.
+        what: String,
         /// What the accelerator said.
         source: AccelError,
     },

@@ -17,8 +17,7 @@ use std::time::Duration;
 
 use vm_accel::x86_64::X86Msr;
 use vm_accel::{
-    Accel, AccelError, GuestArch, GuestMemory, GuestRegion, IrqChip, IrqHandle, MemoryFlags,
-    VcpuKick, VcpuOps,
+    Accel, AccelError, GuestArch, GuestMemory, GuestRegion, IrqChip, MemoryFlags, VcpuKick, VcpuOps,
 };
 
 use crate::boot::{
@@ -31,10 +30,10 @@ use crate::cpuid;
 use crate::devices::acpi_pm::AcpiPm;
 use crate::devices::uart::UartInput;
 use crate::error::MachineError;
-use crate::irq::{IrqLine, IrqPin};
+use crate::pc::interrupts::{Interrupts, SharedAccel, SplitChips};
 use crate::pc::memory::{ACPI_ADDRESS, ONE_MIB, RamLayout, SHADOW};
 use crate::pc::{self, Board, acpi};
-use crate::runloop::{self, Buses};
+use crate::runloop::{self, Wiring};
 
 /// IA32_MTRR_DEF_TYPE (Intel SDM vol. 3, 12.11.2.1).
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -48,6 +47,9 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Number of CPUs, at least one.
     pub cpus: u32,
+    /// Whose the interrupt controllers are. `None` is the best that the accelerator offers: all its own
+    /// ([`IrqChip::Kernel`]), its local APICs with the board's PIC, PIT and I/O APIC ([`IrqChip::Split`]), or none.
+    pub irqchip: Option<IrqChip>,
 }
 
 impl Default for MachineConfig {
@@ -56,6 +58,7 @@ impl Default for MachineConfig {
         Self {
             memory: 512 << 20,
             cpus: 1,
+            irqchip: None,
         }
     }
 }
@@ -96,30 +99,12 @@ impl<'a> Guest<'a> {
 pub struct Machine {
     // Declared before the accelerator and so dropped before it.
     vcpus: Vec<Box<dyn VcpuOps>>,
-    accel: Box<dyn Accel>,
+    accel: SharedAccel,
     memory: GuestMemory,
     board: Board,
     control: Control,
     state: X86BootState,
     protocol: Protocol,
-}
-
-/// What happens when a device drives an interrupt line.
-struct Gsi {
-    handle: IrqHandle,
-    gsi: u32,
-    control: Control,
-}
-
-impl IrqLine for Gsi {
-    fn set_level(&self, asserted: bool) {
-        if let Err(source) = self.handle.set_line(self.gsi, asserted) {
-            self.control.finish(Outcome::Failed(Failure::Interrupt {
-                gsi: self.gsi,
-                source,
-            }));
-        }
-    }
 }
 
 impl MemorySink for &GuestMemory {
@@ -140,8 +125,8 @@ impl Machine {
     /// `serial` takes what the guest writes to its serial port, byte by byte; if it blocks, the guest waits, and if it
     /// fails, the machine ends.
     ///
-    /// Interrupt controllers are the accelerator's where it has them; without, the guest gets no interrupts and a HLT
-    /// ends the machine with [`Failure::HaltedForever`].
+    /// Without any interrupt controller the guest gets no interrupts, and a HLT ends the machine with
+    /// [`Failure::HaltedForever`].
     ///
     /// # Errors
     /// [`MachineError`], if the machine cannot be as `config` asks, or `guest` is nothing that it can boot.
@@ -168,7 +153,11 @@ impl Machine {
                 most,
             });
         }
-        let kernel_irqchip = capabilities.kernel_irqchip;
+        let irqchip = config.irqchip.unwrap_or(match capabilities {
+            caps if caps.kernel_irqchip => IrqChip::Kernel,
+            caps if caps.split_irqchip => IrqChip::Split,
+            _ => IrqChip::None,
+        });
         let ram = RamLayout::new(config.memory, capabilities.guest_phys_bits)?;
         let map = ram.map()?;
         // Everything that depends on the guest's file comes first: it fails most often and costs least.
@@ -206,26 +195,13 @@ impl Machine {
         }
 
         let control = Control::new();
-        let interrupts = if kernel_irqchip {
-            let during = MachineError::accel("creating the interrupt controllers");
-            accel.create_irqchip(IrqChip::Kernel).map_err(&during)?;
-            accel.set_irq_routes(&pc::irq_routes()).map_err(&during)?;
-            Some(accel.irq_handle().map_err(&during)?)
-        } else {
-            None
-        };
-        let pin = |gsi| match &interrupts {
-            Some(handle) => IrqPin::new(Arc::new(Gsi {
-                handle: handle.clone(),
-                gsi,
-                control: control.clone(),
-            })),
-            None => IrqPin::unconnected(),
-        };
-        let board = Board::new(ram, &map, config.cpus, pin, serial, &control)?;
+        let accel: SharedAccel = Arc::new(Mutex::new(accel));
+        let interrupts = Interrupts::new(&accel, irqchip, &control)
+            .map_err(MachineError::accel("creating the interrupt controllers"))?;
+        let board = Board::new(ram, &map, config.cpus, interrupts, serial, &control)?;
         let vcpus = (0..config.cpus)
             .map(|id| {
-                accel
+                lock(&accel)
                     .create_vcpu(id)
                     .map_err(MachineError::accel("creating a vCPU"))
             })
@@ -416,48 +392,42 @@ fn run_vcpus(
     set_up: impl Fn(&mut dyn VcpuOps, u32) -> Result<(), AccelError> + Sync,
 ) -> Outcome {
     let cpus = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
-    let buses = Buses {
+    let chips = board.interrupts.split().map(Arc::as_ref);
+    let wiring = Wiring {
         ports: &board.ports,
         mmio: &board.mmio,
+        chips,
     };
     let (gate, (ready, all_ready)) = (Gate::default(), mpsc::channel::<()>());
     thread::scope(|scope| {
         let mut kicks: Vec<VcpuKick> = Vec::new();
-        for mut vcpu in vcpus {
+        let mut start_vcpu = |mut vcpu: Box<dyn VcpuOps>| {
             let cpu = vcpu.get_id();
-            let started = vcpu
+            let kick = vcpu
                 .kick_handle()
-                .map_err(|source| fail(cpu, "taking its kick handle", source))
-                .and_then(|kick| {
-                    kicks.push(kick);
-                    let (ready, gate, set_up) = (ready.clone(), &gate, &set_up);
-                    let body = move || {
-                        let run = || {
-                            let result = set_up(vcpu.as_mut(), cpus);
-                            drop(ready);
-                            if let Err(source) = result {
-                                control.finish(fail(cpu, "setting it up", source));
-                            }
-                            gate.wait();
-                            runloop::run(vcpu.as_mut(), buses, control);
-                        };
-                        if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
-                            let message = panic_message(panic.as_ref());
-                            control.finish(Outcome::Failed(Failure::Panicked { cpu, message }));
-                        }
-                    };
-                    let thread = thread::Builder::new().name(format!("vcpu{cpu}"));
-                    thread.spawn_scoped(scope, body).map_err(|error| {
-                        Outcome::Failed(Failure::Thread {
-                            cpu,
-                            message: error.to_string(),
-                        })
-                    })
-                });
-            if let Err(outcome) = started {
-                control.finish(outcome);
-                break;
-            }
+                .map_err(|source| fail(cpu, "taking its kick handle", source))?;
+            kicks.push(kick);
+            let (ready, gate, set_up) = (ready.clone(), &gate, &set_up);
+            start(scope, control, format!("vcpu{cpu}"), move || {
+                let result = set_up(vcpu.as_mut(), cpus);
+                drop(ready);
+                if let Err(source) = result {
+                    control.finish(fail(cpu, "setting it up", source));
+                }
+                gate.wait();
+                runloop::run(vcpu.as_mut(), wiring, control);
+            })
+        };
+        let started = vcpus.into_iter().try_for_each(&mut start_vcpu);
+        if let Err(outcome) = started.and_then(|()| {
+            chips.map_or(Ok(()), |chips| {
+                start(scope, control, "timer".to_owned(), || chips.run_timer())
+            })
+        }) {
+            control.finish(outcome);
+        }
+        if let (Some(chips), Some(kick)) = (chips, kicks.first()) {
+            chips.set_boot_cpu(kick.clone());
         }
         // Nobody sends: this returns when every thread has dropped its end, by a panic if need be.
         drop(ready);
@@ -465,8 +435,35 @@ fn run_vcpus(
         gate.open();
         let outcome = control.wait(limit);
         kicks.iter().for_each(VcpuKick::kick);
+        chips.into_iter().for_each(SplitChips::wake_timer);
         outcome
     })
+}
+
+/// Starts a thread in which a panic ends the machine instead of leaving it without one of its parts.
+fn start<'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    control: &'scope Control,
+    name: String,
+    body: impl FnOnce() + Send + 'scope,
+) -> Result<(), Outcome> {
+    let thread = name.clone();
+    let guarded = move || {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(body)) {
+            let message = panic_message(panic.as_ref());
+            control.finish(Outcome::Failed(Failure::Panicked { thread, message }));
+        }
+    };
+    match thread::Builder::new()
+        .name(name.clone())
+        .spawn_scoped(scope, guarded)
+    {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Outcome::Failed(Failure::Thread {
+            thread: name,
+            message: error.to_string(),
+        })),
+    }
 }
 
 fn fail(cpu: u32, during: &str, source: AccelError) -> Outcome {

@@ -14,8 +14,15 @@ fn run_scripts(
 ) -> Outcome {
     let ram = RamLayout::new(64 << 20, 0).unwrap();
     let map = ram.map().unwrap();
-    let pin = |_| IrqPin::unconnected();
-    let board = Board::new(ram, &map, 1, pin, Box::new(std::io::sink()), control).unwrap();
+    let board = Board::new(
+        ram,
+        &map,
+        1,
+        Interrupts::None,
+        Box::new(std::io::sink()),
+        control,
+    )
+    .unwrap();
     let vcpus = (0..)
         .zip(scripts)
         .map(|(id, steps)| Box::new(Script::new(id, steps)) as Box<dyn VcpuOps>)
@@ -136,7 +143,7 @@ fn a_panic_ends_it_in_order_wherever_it_comes() {
     assert_eq!(
         outcome,
         Outcome::Failed(Failure::Panicked {
-            cpu: 1,
+            thread: "vcpu1".to_owned(),
             message: "bug".to_owned()
         })
     );
@@ -145,7 +152,7 @@ fn a_panic_ends_it_in_order_wherever_it_comes() {
         Ok(())
     });
     assert!(
-        matches!(&outcome, Outcome::Failed(Failure::Panicked { cpu: 0, message }) if message.contains("early"))
+        matches!(&outcome, Outcome::Failed(Failure::Panicked { thread, message }) if thread == "vcpu0" && message.contains("early"))
     );
 }
 

@@ -8,19 +8,25 @@ use vm_accel::{AccelError, IoDirection, VcpuExit, VcpuOps};
 
 use crate::bus::Bus;
 use crate::control::{Control, Failure, Outcome};
+use crate::pc::interrupts::{Offer, SplitChips};
 
 /// What a call that no hypervisor implements leaves in RAX: KVM's `-KVM_ENOSYS` (Linux `uapi/linux/kvm_para.h`).
 const NO_SUCH_HYPERCALL: u64 = (-1000i64) as u64;
 
 /// What the exits of a guest lead to.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Buses<'a> {
+pub(crate) struct Wiring<'a> {
     pub(crate) ports: &'a Bus,
     pub(crate) mmio: &'a Bus,
+    /// The board's own interrupt controllers, if it has them.
+    pub(crate) chips: Option<&'a SplitChips>,
 }
 
+/// The CPU that takes the PICs' interrupts.
+const BOOT_CPU: u32 = 0;
+
 /// Runs `vcpu` until the machine of `control` has ended, for its own reasons or others'.
-pub(crate) fn run(vcpu: &mut dyn VcpuOps, buses: Buses<'_>, control: &Control) {
+pub(crate) fn run(vcpu: &mut dyn VcpuOps, wiring: Wiring<'_>, control: &Control) {
     let cpu = vcpu.get_id();
     let fail = |during: String, source| {
         Outcome::Failed(Failure::Vcpu {
@@ -31,14 +37,19 @@ pub(crate) fn run(vcpu: &mut dyn VcpuOps, buses: Buses<'_>, control: &Control) {
     };
     // Most accesses fit; a string instruction with REP can be longer.
     let mut buffer = Vec::with_capacity(8);
+    let external = wiring.chips.filter(|_| cpu == BOOT_CPU);
+    let mut offer = Offer::default();
     // The order matters: whoever ends the machine sets the latch first and kicks then, and a kick is sticky. So either
     // the latch is seen here, or the kick makes run() return.
     while !control.is_finished() {
-        let step = match vcpu.run() {
-            Ok(exit) => serve(vcpu, exit, buses, &mut buffer)
-                .map_err(|source| fail(describe(vcpu, exit), source)),
-            Err(source) => Err(fail("run".to_owned(), source)),
-        };
+        let step = external
+            .map_or(Ok(()), |chips| chips.offer(vcpu, &mut offer))
+            .map_err(|source| fail("injecting an interrupt".to_owned(), source))
+            .and_then(|()| vcpu.run().map_err(|source| fail("run".to_owned(), source)))
+            .and_then(|exit| {
+                serve(vcpu, exit, wiring, &mut buffer)
+                    .map_err(|source| fail(describe(vcpu, exit), source))
+            });
         if let Some(outcome) = step.unwrap_or_else(Some) {
             control.finish(outcome);
         }
@@ -49,10 +60,14 @@ pub(crate) fn run(vcpu: &mut dyn VcpuOps, buses: Buses<'_>, control: &Control) {
 fn serve(
     vcpu: &mut dyn VcpuOps,
     exit: VcpuExit,
-    buses: Buses<'_>,
+    wiring: Wiring<'_>,
     buffer: &mut Vec<u8>,
 ) -> Result<Option<Outcome>, AccelError> {
     let cpu = vcpu.get_id();
+    if let (VcpuExit::EndOfInterrupt { vector }, Some(chips)) = (exit, wiring.chips) {
+        chips.end_of_interrupt(vector);
+        return Ok(None);
+    }
     match exit {
         VcpuExit::Io {
             port,
@@ -61,7 +76,7 @@ fn serve(
         } => {
             vcpu.io_data()?
                 .chunks(element(size))
-                .for_each(|data| buses.ports.write(port.into(), data));
+                .for_each(|data| wiring.ports.write(port.into(), data));
         }
         VcpuExit::Io {
             port,
@@ -71,24 +86,24 @@ fn serve(
             vcpu.prepare_read(buffer);
             buffer
                 .chunks_mut(element(size))
-                .for_each(|data| buses.ports.read(port.into(), data));
+                .for_each(|data| wiring.ports.read(port.into(), data));
             vcpu.complete_read(buffer)?;
         }
         VcpuExit::Mmio {
             addr,
             is_write: true,
             ..
-        } => buses.mmio.write(addr, vcpu.io_data()?),
+        } => wiring.mmio.write(addr, vcpu.io_data()?),
         VcpuExit::Mmio {
             addr,
             is_write: false,
             ..
         } => {
             vcpu.prepare_read(buffer);
-            buses.mmio.read(addr, buffer);
+            wiring.mmio.read(addr, buffer);
             vcpu.complete_read(buffer)?;
         }
-        // A kick (the loop looks at the latch), or a window that somebody asked for earlier.
+        // A kick (the loop looks at the latch), or the moment for an interrupt (the loop offers it).
         VcpuExit::Interrupt | VcpuExit::InterruptWindow => {}
         VcpuExit::SystemCall => {
             let mut regs = vcpu.get_regs()?;

@@ -37,9 +37,10 @@ fn play(steps: Vec<Step>) -> (Script, Outcome, Vec<(u64, Vec<u8>)>) {
     let mut script = Script::new(7, steps);
     run(
         &mut script,
-        Buses {
+        Wiring {
             ports: &ports,
             mmio: &mmio,
+            chips: None,
         },
         &control,
     );
@@ -193,9 +194,10 @@ fn kicks_do_not_end_it_and_a_device_does_at_once() {
     );
     run(
         &mut script,
-        Buses {
+        Wiring {
             ports: &ports,
             mmio: &Bus::mmio(),
+            chips: None,
         },
         &control,
     );

@@ -183,6 +183,13 @@ impl IoApic {
             .collect()
     }
 
+    /// The pins that are not masked, or whose interrupt has not ended, and what they send. For accelerators that want to know.
+    pub fn routes(&self) -> impl Iterator<Item = (usize, MsiMessage)> + '_ {
+        let live = |&(_, &entry): &(usize, &u64)| entry & (MASKED | REMOTE_IRR) != MASKED;
+        let entries = self.entries.iter().enumerate().filter(live);
+        entries.map(|(pin, &entry)| (pin, message(entry)))
+    }
+
     /// Vectors whose ends this must hear of: those of level-triggered pins. For accelerators that want to be told.
     pub fn level_vectors(&self) -> impl Iterator<Item = u8> + '_ {
         self.entries
@@ -232,6 +239,19 @@ mod tests {
 
     fn remote_irr(io: &mut IoApic, pin: u8) -> bool {
         read(io, REG_ENTRIES + 2 * pin) & REMOTE_IRR as u32 != 0
+    }
+
+    #[test]
+    fn routes_are_of_pins_that_can_send_or_were_not_ended() {
+        let mut io = IoApic::new(0);
+        assert_eq!(io.routes().count(), 0);
+        assert_eq!(entry(&mut io, 3, LEVEL_77), []);
+        assert_eq!(io.routes().collect::<Vec<_>>(), [(3, SENT_77)]);
+        assert_eq!(io.set_irq(3, true), Some(SENT_77));
+        assert_eq!(entry(&mut io, 3, LEVEL_77 | MASKED as u32), []);
+        assert_eq!(io.routes().collect::<Vec<_>>(), [(3, SENT_77)]);
+        assert_eq!(io.end_of_interrupt(0x77), []);
+        assert_eq!(io.routes().count(), 0);
     }
 
     const LEVEL_77: u32 = 0x8077;

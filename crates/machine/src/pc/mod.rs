@@ -2,16 +2,15 @@
 //!
 //! Ports: UART 0x3f8 (IRQ 4), RTC 0x70, i8042 0x60/0x64 (IRQ 1), ports 0x61, 0x80 and 0x92, PCI configuration 0xcf8 with
 //! the reset register 0xcf9, exit port 0xf4, fw_cfg 0x510, ACPI PM 0x600 (IRQ 9), and the [test
-//! device](crate::devices::testdev). PIC, PIT, I/O APIC and local APICs are
-//! the accelerator's. Memory: see [`memory`].
+//! device](crate::devices::testdev). Local APICs are the accelerator's; PIC,
+//! PIT and I/O APIC are, too, where it has them, and the board's own elsewhere. Memory: see [`memory`].
 
 pub mod acpi;
+pub(crate) mod interrupts;
 pub mod memory;
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
-
-use vm_accel::IrqTarget;
 
 use crate::boot::MemoryMap;
 use crate::bus::{Bus, BusError};
@@ -29,7 +28,7 @@ use crate::devices::testdev::{
     TestPorts,
 };
 use crate::devices::uart::{UART_PORTS, Uart};
-use crate::irq::IrqPin;
+use interrupts::Interrupts;
 use memory::RamLayout;
 
 /// First port of the serial port.
@@ -53,27 +52,6 @@ const CASCADE: u32 = 2;
 /// Most CPUs that the board can have; the accelerator usually sets a lower limit.
 pub const MAX_CPUS: u32 = 4096;
 
-/// Where in-kernel controllers take each GSI: ISA interrupts to the PICs and the I/O APIC, with the timer at pin 2 of
-/// the I/O APIC as on a PC and as the MADT says, the others to the I/O APIC alone.
-pub(crate) fn irq_routes() -> Vec<(u32, IrqTarget)> {
-    const IO_APIC: u32 = 2;
-    let pics = (0..16).filter(|&gsi| gsi != CASCADE);
-    let pics = pics.map(|gsi| {
-        (
-            gsi,
-            IrqTarget::Pin {
-                chip: gsi / 8,
-                pin: gsi % 8,
-            },
-        )
-    });
-    let io_apic = (0..IO_APIC_PINS).filter(|&gsi| gsi != CASCADE).map(|gsi| {
-        let pin = if gsi == 0 { TIMER_PIN } else { gsi };
-        (gsi, IrqTarget::Pin { chip: IO_APIC, pin })
-    });
-    pics.chain(io_apic).collect()
-}
-
 /// The devices of one machine.
 #[derive(Debug)]
 pub(crate) struct Board {
@@ -81,17 +59,18 @@ pub(crate) struct Board {
     pub(crate) mmio: Bus,
     pub(crate) uart: Arc<Mutex<Uart>>,
     pub(crate) pm: Arc<Mutex<AcpiPm>>,
+    pub(crate) interrupts: Interrupts,
 }
 
 impl Board {
     /// Builds the devices and puts them on their buses.
     ///
-    /// `pin` makes a device's end of an interrupt line; `serial` takes what the guest writes to its serial port.
+    /// `serial` takes what the guest writes to its serial port.
     pub(crate) fn new(
         ram: RamLayout,
         map: &MemoryMap,
         cpus: u32,
-        pin: impl Fn(u32) -> IrqPin,
+        interrupts: Interrupts,
         serial: Box<dyn Write + Send>,
         control: &Control,
     ) -> Result<Self, BusError> {
@@ -104,9 +83,19 @@ impl Board {
                 }));
             }
         };
-        let uart = Arc::new(Mutex::new(Uart::new(serial, pin(COM1_IRQ), on_error)));
-        let pm = Arc::new(Mutex::new(AcpiPm::new(control.clone(), pin(SCI_IRQ))));
-        let keyboard = Arc::new(Mutex::new(I8042::new(control.clone(), pin(KEYBOARD_IRQ))));
+        let uart = Arc::new(Mutex::new(Uart::new(
+            serial,
+            interrupts.pin(COM1_IRQ),
+            on_error,
+        )));
+        let pm = Arc::new(Mutex::new(AcpiPm::new(
+            control.clone(),
+            interrupts.pin(SCI_IRQ),
+        )));
+        let keyboard = Arc::new(Mutex::new(I8042::new(
+            control.clone(),
+            interrupts.pin(KEYBOARD_IRQ),
+        )));
         let fw_cfg = FwCfg::new(
             cpus.try_into().unwrap_or(u16::MAX),
             ram.size(),
@@ -123,7 +112,6 @@ impl Board {
             RTC_LEN,
             Arc::new(Mutex::new(Rtc::host_time(ram.below_4g, ram.above_4g))),
         )?;
-        ports.register(PORT_61, 1, Arc::new(Mutex::new(Port61::default())))?;
         ports.register(POST_PORT, 1, Arc::new(Mutex::new(PostCode::default())))?;
         ports.register(
             PORT_92,
@@ -141,7 +129,7 @@ impl Board {
             Arc::new(Mutex::new(PciConfig::new(control.clone()))),
         )?;
         ports.register(FW_CFG_PORT, FW_CFG_LEN, Arc::new(Mutex::new(fw_cfg)))?;
-        let lines = (0..IO_APIC_PINS).map(pin).collect();
+        let lines = (0..IO_APIC_PINS).map(|gsi| interrupts.pin(gsi)).collect();
         ports.register(
             TEST_PORT,
             TEST_PORT_LEN,
@@ -153,6 +141,10 @@ impl Board {
             Arc::new(Mutex::new(TestIrqs::new(lines))),
         )?;
         let mut mmio = Bus::mmio();
+        match interrupts.split() {
+            Some(chips) => chips.register(&mut ports, &mut mmio)?,
+            None => ports.register(PORT_61, 1, Arc::new(Mutex::new(Port61::default())))?,
+        }
         mmio.register(
             TEST_MEMORY,
             TEST_MEMORY_LEN,
@@ -163,6 +155,7 @@ impl Board {
             mmio,
             uart,
             pm,
+            interrupts,
         })
     }
 }
@@ -190,7 +183,7 @@ mod tests {
             ram,
             &map,
             2,
-            |_| IrqPin::unconnected(),
+            Interrupts::None,
             Box::new(std::io::sink()),
             control,
         )
@@ -238,25 +231,6 @@ mod tests {
     }
 
     #[test]
-    fn interrupts_go_where_the_tables_say() {
-        let routes = irq_routes();
-        let to = |chip, pin| {
-            routes
-                .iter()
-                .find(|(_, t)| *t == IrqTarget::Pin { chip, pin })
-                .map(|(gsi, _)| *gsi)
-        };
-        assert_eq!(
-            (to(0, 0), to(0, 4), to(1, 1), to(0, 2)),
-            (Some(0), Some(4), Some(9), None)
-        );
-        assert_eq!(
-            (to(2, 0), to(2, 2), to(2, 4), to(2, 23), to(2, 24)),
-            (None, Some(0), Some(4), Some(23), None)
-        );
-    }
-
-    #[test]
     fn any_access_anywhere_is_survived() {
         let board = board(&Control::new());
         for port in 0..=0xffff {
@@ -282,15 +256,7 @@ mod tests {
         let control = Control::new();
         let ram = RamLayout::new(64 << 20, 0).unwrap();
         let map = ram.map().unwrap();
-        let board = Board::new(
-            ram,
-            &map,
-            1,
-            |_| IrqPin::unconnected(),
-            Box::new(Closed),
-            &control,
-        )
-        .unwrap();
+        let board = Board::new(ram, &map, 1, Interrupts::None, Box::new(Closed), &control).unwrap();
         board.ports.write(COM1, b"x");
         assert!(matches!(
             control.outcome(),

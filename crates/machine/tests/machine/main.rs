@@ -71,6 +71,7 @@ fn machine(kind: AccelKind, cpus: u32, image: &[u8], sink: &Sink) -> Machine {
     let config = MachineConfig {
         memory: 16 << 20,
         cpus,
+        ..MachineConfig::default()
     };
     Machine::new(accel, &config, &guest(image), Box::new(sink.clone())).unwrap()
 }
@@ -496,7 +497,11 @@ fn what_cannot_be_built_is_refused_with_a_reason() {
     for kind in kinds() {
         let build = |memory, cpus, image: &[u8]| {
             let accel = Box::new(PlatformBackend::new(kind).unwrap());
-            let config = MachineConfig { memory, cpus };
+            let config = MachineConfig {
+                memory,
+                cpus,
+                ..MachineConfig::default()
+            };
             Machine::new(
                 accel,
                 &config,
