@@ -25,13 +25,20 @@ impl X87 {
 
     /// What FNINIT does: everything but the registers' contents.
     fn init(&mut self) {
-        *self = X87 { sig: self.sig, sign_exp: self.sign_exp, ..X87::default() };
+        *self = X87 {
+            sig: self.sig,
+            sign_exp: self.sign_exp,
+            ..X87::default()
+        };
     }
 
     /// The full tag word: 0 valid, 1 zero, 2 special, 3 empty for each physical register.
     fn tag_word(&self) -> u16 {
         (0..8).fold(0, |tags, r| {
-            let value = F80 { sign_exp: self.sign_exp[r], sig: self.sig[r] };
+            let value = F80 {
+                sign_exp: self.sign_exp[r],
+                sig: self.sig[r],
+            };
             let tag = if self.valid >> r & 1 == 0 {
                 3
             } else {
@@ -47,7 +54,9 @@ impl X87 {
 
     /// Only emptiness is taken from a tag word; the rest is recomputed when it is stored.
     fn load_tag_word(&mut self, tags: u16) {
-        self.valid = (0..8).fold(0, |valid, r| valid | u8::from(tags >> (2 * r) & 3 != 3) << r);
+        self.valid = (0..8).fold(0, |valid, r| {
+            valid | u8::from(tags >> (2 * r) & 3 != 3) << r
+        });
     }
 }
 
@@ -60,7 +69,11 @@ enum Layout {
 }
 
 fn layout(cpu: &Core) -> Layout {
-    if cpu.protected() { Layout::Protected } else { Layout::Real }
+    if cpu.protected() {
+        Layout::Protected
+    } else {
+        Layout::Real
+    }
 }
 
 /// The seven fields in order: control, status, tags, then four that hold pointers and opcode.
@@ -74,22 +87,35 @@ fn fields(x: &X87, layout: Layout, wide: bool) -> [u32; 7] {
             let ip = (x.fip as u32).wrapping_add(fcs << 4);
             let dp = (x.fdp as u32).wrapping_add(fds << 4);
             if wide {
-                [ip & 0xffff, fop | ip >> 16 << 12, dp & 0xffff, dp >> 16 << 12]
+                [
+                    ip & 0xffff,
+                    fop | ip >> 16 << 12,
+                    dp & 0xffff,
+                    dp >> 16 << 12,
+                ]
             } else {
                 [ip, fop | ip >> 4 & 0xf000, dp, dp >> 4 & 0xf000]
             }
         }
     };
-    [head[0], head[1], head[2], tail[0], tail[1], tail[2], tail[3]]
+    [
+        head[0], head[1], head[2], tail[0], tail[1], tail[2], tail[3],
+    ]
 }
 
 /// The environment as bytes: 14, or 28 when `wide`.
 fn environment(x: &X87, layout: Layout, wide: bool) -> ([u8; 28], usize) {
     let mut bytes = [0; 28];
     let size = if wide { 4 } else { 2 };
-    for (i, (field, slot)) in fields(x, layout, wide).into_iter().zip(bytes.chunks_exact_mut(size)).enumerate() {
+    for (i, (field, slot)) in fields(x, layout, wide)
+        .into_iter()
+        .zip(bytes.chunks_exact_mut(size))
+        .enumerate()
+    {
         // The upper halves of 16-bit fields are stored as ones.
-        let sixteen = i < 3 || i == 6 && matches!(layout, Layout::Protected) || matches!(layout, Layout::Real) && i & 1 == 1;
+        let sixteen = i < 3
+            || i == 6 && matches!(layout, Layout::Protected)
+            || matches!(layout, Layout::Real) && i & 1 == 1;
         let field = if sixteen { field | 0xffff_0000 } else { field };
         slot.copy_from_slice(&field.to_le_bytes()[..size]);
     }
@@ -117,7 +143,13 @@ fn load_environment(x: &mut X87, layout: Layout, wide: bool, bytes: &[u8]) {
             }
         }
         Layout::Real => {
-            let upper = |field: u32| if wide { field << 4 & 0xffff_0000 } else { (field & 0xf000) << 4 };
+            let upper = |field: u32| {
+                if wide {
+                    field << 4 & 0xffff_0000
+                } else {
+                    (field & 0xf000) << 4
+                }
+            };
             (x.fcs, x.fds) = (0, 0);
             x.fip = u64::from(ip & 0xffff | upper(code));
             x.fdp = u64::from(dp & 0xffff | upper(data));

@@ -35,7 +35,13 @@ pub(crate) fn order(a: &Unpacked, b: &Unpacked) -> Ordering {
         return sa.cmp(&sb);
     }
     // The exponent of an infinity depends on the format it came from.
-    let key = |u: &Unpacked| if u.is_infinite() { (i32::MAX, 0) } else { (u.exp, u.sig) };
+    let key = |u: &Unpacked| {
+        if u.is_infinite() {
+            (i32::MAX, 0)
+        } else {
+            (u.exp, u.sig)
+        }
+    };
     let magnitude = key(a).cmp(&key(b));
     if a.sign {
         magnitude.reverse()

@@ -28,8 +28,14 @@ pub(crate) enum Quotient {
 /// exponents are 64 or more apart the dividend is reduced by 32 to 63 bits only.
 pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remainder {
     let (ua, ub) = (a.unpack(), b.unpack());
-    let nan = |value| Remainder { value, quotient: Quotient::None };
-    let whole = |value| Remainder { value, quotient: Quotient::Low(0) };
+    let nan = |value| Remainder {
+        value,
+        quotient: Quotient::None,
+    };
+    let whole = |value| Remainder {
+        value,
+        quotient: Quotient::Low(0),
+    };
     env.rounded_up = false;
     if ua.is_nan() || ub.is_nan() {
         return nan(propagate(env, &ua, &ub));
@@ -85,7 +91,11 @@ pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remaind
         let shift = rest.leading_zeros();
         round(env, sign, unit + 127 - shift as i32, rest << shift)
     };
-    let quotient = if partial { Quotient::Partial } else { Quotient::Low((quotient & 7) as u8) };
+    let quotient = if partial {
+        Quotient::Partial
+    } else {
+        Quotient::Low((quotient & 7) as u8)
+    };
     Remainder { value, quotient }
 }
 
