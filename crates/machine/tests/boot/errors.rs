@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 use vm_accel::GuestArch::{self, Aarch64, X86_64};
 use vm_accel_machine::boot::{
-    BootError, BootKind, BootRequest, MAX_CMDLINE, Module, Protocol, read_image,
+    BootError, BootKind, BootRequest, MAX_CMDLINE, MemoryKind, MemoryMap, MemoryRange, Module,
+    Protocol, read_image,
 };
 
 fn refusal(arch: GuestArch, kind: BootKind, image: &[u8]) -> String {
@@ -242,6 +243,34 @@ fn arm64_fields() {
         let text = refusal(Aarch64, image, &file);
         assert!(text.contains(expected), "{text} lacks {expected}");
     }
+}
+
+#[test]
+fn unpacking_stops_at_the_size_of_ram() {
+    let bomb = gzip(&vec![0; 64 << 20]);
+    let memory = arm_memory(8 * MIB);
+    match BootRequest::new(Aarch64, &bomb, &memory).plan() {
+        Err(BootError::TooLarge { size, limit, .. }) => {
+            assert_eq!((size, limit), (8 * MIB + 1, 8 * MIB))
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_kernel_must_end_below_4_gib() {
+    let range = MemoryRange {
+        base: 0,
+        size: 8 << 30,
+        kind: MemoryKind::Ram,
+    };
+    let memory = MemoryMap::new(vec![range]).unwrap();
+    let image = with(bzimage(0x400), 0x258, &0xffe0_0000u64.to_le_bytes());
+    let image = with(image, 0x260, &(4u32 << 20).to_le_bytes());
+    let error = BootRequest::new(X86_64, &image, &memory)
+        .plan()
+        .unwrap_err();
+    assert!(matches!(error, BootError::NoRoom { .. }), "{error}");
 }
 
 #[test]
