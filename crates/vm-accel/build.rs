@@ -6,7 +6,7 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(kvm)");
     let os = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     let arch = std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
-    if os == "linux" && arch == "x86_64" {
+    if os == "linux" && matches!(arch.as_str(), "x86_64" | "aarch64") {
         println!("cargo::rustc-cfg=kvm");
     }
 }

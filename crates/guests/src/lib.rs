@@ -1,10 +1,11 @@
-//! Tiny x86 guest programs, assembled at run time, and the worlds in which they start.
+//! Tiny guest programs for x86 and (in [`arm64`]) aarch64, assembled at run time, and the worlds in which they start.
 //!
 //! Shared by the library's conformance suite, the benchmarks and the demo of `vm-accel run`. Everything here is data: a
 //! guest's architecture says nothing about the host's, so this crate builds and runs on any host. It knows no hypervisor
 //! and must never depend on one: a [`World`](world::World) says which bytes belong where and which registers to set, and
 //! whoever uses it sets them.
 
+pub mod arm64;
 pub mod demo;
 mod elf;
 pub mod world;

@@ -6,6 +6,7 @@
 use crate::error::{AccelError, VcpuResult};
 use crate::event::HostEvent;
 use crate::memory::{DirtyBitmap, GuestRegion};
+use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
 use std::fmt;
 use std::str::FromStr;
@@ -121,6 +122,12 @@ pub struct Capabilities {
     pub msr_exits: bool,
     /// Bytes of a vCPU's XSAVE area; 0 if there is none.
     pub xsave_size: usize,
+    /// Optional parts of the architecture that aarch64 guests can be given with [`Accel::set_aarch64_features`]; they
+    /// have none of them unless asked for.
+    pub aarch64_features: Aarch64Features,
+    /// Calls by HVC and SMC to silicon-partner and OEM services exit as
+    /// [`VcpuExit::SystemCall`](crate::VcpuExit::SystemCall); without it the platform answers all calls itself.
+    pub aarch64_calls: bool,
     /// `Some(true)` if the host emulates the guest's ring 0 instruction by instruction: operating systems do not boot
     /// there. `None` if it was not examined (only [`probe`](crate::probe) examines it).
     pub emulates_ring0: Option<bool>,
@@ -148,6 +155,8 @@ impl Capabilities {
             guest_debug: false,
             msr_exits: false,
             xsave_size: 0,
+            aarch64_features: Aarch64Features::empty(),
+            aarch64_calls: false,
             emulates_ring0: None,
         }
     }
@@ -368,6 +377,8 @@ pub trait Accel: fmt::Debug + Send + Sync {
 
     /// Creates the interrupt controllers. Must precede the first vCPU and may be called once.
     ///
+    /// On aarch64 the number of vCPUs is final when the first of them runs or the first interrupt is raised.
+    ///
     /// # Errors
     /// [`AccelError::Unsupported`] if the platform has no such arrangement, [`AccelError::InvalidArgument`] if vCPUs or
     /// interrupt controllers exist already.
@@ -379,7 +390,9 @@ pub trait Accel: fmt::Debug + Send + Sync {
     }
 
     /// Sets the interrupt line `gsi` of the in-kernel interrupt controller to `level`. On x86-64 with
-    /// [`IrqChip::Kernel`] GSI 0–15 lead to the PICs and the I/O APIC, 16–23 to the I/O APIC.
+    /// [`IrqChip::Kernel`] GSI 0–15 lead to the PICs and the I/O APIC, 16–23 to the I/O APIC. On aarch64 GSI `n` is
+    /// the GIC's shared interrupt `32 + n` ([`spi_line`](crate::aarch64::spi_line)), private ones have numbers of their
+    /// own ([`ppi_line`](crate::aarch64::ppi_line)).
     ///
     /// # Errors
     /// [`AccelError::Unsupported`] without an in-kernel controller, [`AccelError::Backend`] if the platform refuses.
@@ -453,6 +466,43 @@ pub trait Accel: fmt::Debug + Send + Sync {
     fn unregister_ioevent(&mut self, event: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
         let _ = (event, on);
         Err(self.unsupported("ioeventfd"))
+    }
+
+    /// Gives aarch64 guests optional parts of the architecture. Must precede the first vCPU.
+    ///
+    /// # Errors
+    /// [`AccelError::Unsupported`] for a part that [`Capabilities::aarch64_features`] does not have,
+    /// [`AccelError::InvalidArgument`] if vCPUs exist already.
+    fn set_aarch64_features(&mut self, features: Aarch64Features) -> VcpuResult<()> {
+        let _ = features;
+        Err(self.unsupported("optional parts of the aarch64 architecture"))
+    }
+
+    /// The in-kernel GIC that [`create_irqchip`](Accel::create_irqchip) made.
+    ///
+    /// # Errors
+    /// [`AccelError::Unsupported`] if there is none.
+    fn gic(&self) -> VcpuResult<Gic> {
+        Err(self.unsupported("an in-kernel GIC"))
+    }
+
+    /// The state of the in-kernel GIC. No vCPU may be running. Tables that the guest gave to the GIC (pending LPIs, the
+    /// interrupt translation service's) are written to guest memory, so take that afterwards.
+    ///
+    /// # Errors
+    /// [`AccelError::Unsupported`] if there is none, or it is a GICv2; [`AccelError::Backend`] if the platform refuses
+    /// (`EBUSY` while a vCPU runs).
+    fn get_gic_state(&self) -> VcpuResult<GicState> {
+        Err(self.unsupported("an in-kernel GIC"))
+    }
+
+    /// Sets the state of the in-kernel GIC. All vCPUs exist, none has run, and guest memory is restored.
+    ///
+    /// # Errors
+    /// As [`get_gic_state`](Accel::get_gic_state).
+    fn set_gic_state(&mut self, state: &GicState) -> VcpuResult<()> {
+        let _ = state;
+        Err(self.unsupported("an in-kernel GIC"))
     }
 
     /// An [`AccelError::Unsupported`] of this backend.

@@ -25,6 +25,8 @@ macro_rules! reg_map {
 /// * `impl_reg_accessors!(Vcpu, get_fn, set_fn, reg_map!(…))`: the platform reads and writes one register per call;
 ///   `get_fn(&self, ID) -> VcpuResult<u64>`, `set_fn(&mut self, ID, u64) -> VcpuResult<()>`, and the names in the table
 ///   are constants of the ID's type. Generates `REG_MAP`, `get_regs_mapped` and `set_regs_mapped` on `Vcpu`.
+/// * `impl_reg_accessors!(Vcpu, wide get_fn, set_fn, reg_map!(…))`: as above for 128-bit registers, indexed 0 to 31;
+///   generates `WIDE_REG_MAP`, `get_wide_mapped` and `set_wide_mapped` with a `[u128; 32]`.
 /// * `impl_reg_accessors!(Struct, reg_map!(…))`: the platform has a structure whose fields the table names. Generates
 ///   `ToGuestRegs` and `FromGuestRegs` for it and a `const REG_MAP`-returning function for tests.
 ///
@@ -43,6 +45,7 @@ macro_rules! impl_reg_accessors {
     ($vcpu:ty, $get:ident, $set:ident, reg_map!($($index:expr => $reg:ident),* $(,)?)) => {
         impl $vcpu {
             /// The registers that the accessors move.
+            #[allow(dead_code)] // Tests read it.
             pub(crate) const REG_MAP: &'static [$crate::RegMapping] = $crate::reg_map!($($index => $reg),*);
 
             /// Reads every register of the table.
@@ -55,6 +58,26 @@ macro_rules! impl_reg_accessors {
             /// Writes every register of the table.
             fn set_regs_mapped(&mut self, regs: &$crate::GuestRegs) -> $crate::VcpuResult<()> {
                 $(self.$set($reg, regs.get($index as usize))?;)*
+                Ok(())
+            }
+        }
+    };
+    ($vcpu:ty, wide $get:ident, $set:ident, reg_map!($($index:expr => $reg:ident),* $(,)?)) => {
+        impl $vcpu {
+            /// The 128-bit registers that the accessors move.
+            #[allow(dead_code)] // As above.
+            pub(crate) const WIDE_REG_MAP: &'static [$crate::RegMapping] = $crate::reg_map!($($index => $reg),*);
+
+            /// Reads every register of the table.
+            fn get_wide_mapped(&self) -> $crate::VcpuResult<[u128; 32]> {
+                let mut regs = [0; 32];
+                $(regs[$index as usize] = self.$get($reg)?;)*
+                Ok(regs)
+            }
+
+            /// Writes every register of the table.
+            fn set_wide_mapped(&mut self, regs: &[u128; 32]) -> $crate::VcpuResult<()> {
+                $(self.$set($reg, regs[$index as usize])?;)*
                 Ok(())
             }
         }

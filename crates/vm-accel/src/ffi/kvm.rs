@@ -39,9 +39,26 @@ pub(crate) const KVM_IOEVENTFD: c_ulong = iow::<kvm_bindings::kvm_ioeventfd>(0x7
 pub(crate) const KVM_INTERRUPT: c_ulong = iow::<kvm_bindings::kvm_interrupt>(0x86);
 pub(crate) const KVM_CLEAR_DIRTY_LOG: c_ulong = iowr::<kvm_bindings::kvm_clear_dirty_log>(0xc0);
 pub(crate) const KVM_RESET_DIRTY_RINGS: c_ulong = io(0xc7);
+/// The structure begins with a count that says how long it is; the number is made from the count alone.
+pub(crate) const KVM_GET_REG_LIST: c_ulong = iowr::<u64>(0xb0);
 pub(crate) const KVM_GET_XSAVE: c_ulong = ior::<[u8; 4096]>(0xa4);
 pub(crate) const KVM_SET_XSAVE: c_ulong = iow::<[u8; 4096]>(0xa5);
 pub(crate) const KVM_GET_XSAVE2: c_ulong = ior::<[u8; 4096]>(0xcf);
+
+/// A synchronous external abort that the guest's access took (`api.rst`, from Linux 6.19 on; not in `kvm-bindings` yet).
+pub(crate) const KVM_EXIT_ARM_SEA: u32 = 41;
+/// [`ArmSea::gpa`] is valid.
+pub(crate) const ARM_SEA_GPA_VALID: u64 = 1;
+
+/// What comes with [`KVM_EXIT_ARM_SEA`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ArmSea {
+    pub(crate) flags: u64,
+    pub(crate) esr: u64,
+    pub(crate) gva: u64,
+    pub(crate) gpa: u64,
+}
 
 /// Calls an ioctl; the error is the `errno`.
 ///

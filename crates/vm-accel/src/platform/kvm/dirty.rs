@@ -17,8 +17,10 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// x86-64 and 4 KiB hosts log in these units; slots are multiples of the host page.
-const PAGE: u64 = 4096;
+/// The kernel logs in units of its page size; slots are multiples of it.
+fn page() -> u64 {
+    crate::memory::host_page_size()
+}
 
 /// The ring's capability on this kernel, the one with stated memory ordering first.
 pub(super) fn ring_capability(fd: &VmFd) -> Option<u32> {
@@ -92,7 +94,7 @@ impl DirtyTracking {
         }
         let mut rings = lock(&self.rings);
         if rings.entries != 0 && logged {
-            let words = slot.region.size().div_ceil(PAGE * 64) as usize;
+            let words = slot.region.size().div_ceil(page() * 64) as usize;
             rings.collected.insert(slot.number, vec![0; words]);
         } else {
             rings.collected.remove(&slot.number);
@@ -142,7 +144,7 @@ impl DirtyTracking {
         let words = if lock(&self.rings).entries != 0 {
             self.collect(fd)?;
             let mut rings = lock(&self.rings);
-            let clean = vec![0; size.div_ceil(PAGE * 64) as usize];
+            let clean = vec![0; size.div_ceil(page() * 64) as usize];
             rings
                 .collected
                 .insert(slot.number, clean.clone())
@@ -156,7 +158,7 @@ impl DirtyTracking {
             }
             words
         };
-        let mut dirty = DirtyBitmap::from_log(0, size, &words, PAGE)?;
+        let mut dirty = DirtyBitmap::from_log(0, size, &words, page())?;
         dirty.union(&slot.region.take_host_dirty())?;
         Ok(dirty)
     }
@@ -164,7 +166,7 @@ impl DirtyTracking {
 
 /// Write-protects the pages of `words` again.
 fn clear(fd: &VmFd, slot: &Slot, words: &[u64]) -> VcpuResult<()> {
-    let pages = slot.region.size() / PAGE;
+    let pages = slot.region.size() / page();
     // num_pages has 32 bits, and parts must start at multiples of 64 pages: take the largest such multiple per call.
     const PART: u64 = u32::MAX as u64 & !63;
     let mut first_page = 0;
@@ -213,7 +215,7 @@ impl Ring {
     }
 
     fn map(fd: &VcpuFd, count: u32) -> VcpuResult<Self> {
-        let offset = i64::from(kb::KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE as i64;
+        let offset = i64::from(kb::KVM_DIRTY_LOG_PAGE_OFFSET) * page() as i64;
         // SAFETY: a new shared mapping at an address of the kernel's choice touches no memory of ours.
         let address = unsafe {
             libc::mmap(

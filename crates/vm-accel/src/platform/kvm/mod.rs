@@ -1,5 +1,5 @@
-//! Linux KVM: the virtual machine. vCPUs are in `vcpu.rs`, what only x86-64 has in `x86_64.rs`, kicks in `kick.rs`, dirty
-//! logging in `dirty.rs`.
+//! Linux KVM: the virtual machine. vCPUs are in `vcpu.rs`, what only one architecture has in `x86_64.rs` and `aarch64.rs`,
+//! kicks in `kick.rs`, dirty logging in `dirty.rs`.
 //!
 //! [`KvmVm`] owns the descriptor and every mapping, and is shared by the [`AccelKvm`], its vCPUs and interrupt handles:
 //! guest memory stays mapped in this process as long as anything could still run on it.
@@ -7,6 +7,7 @@
 //! Sources: Linux `Documentation/virt/kvm/api.rst`.
 
 #[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+#[cfg_attr(target_arch = "aarch64", path = "aarch64/mod.rs")]
 mod arch;
 mod dirty;
 mod kick;
@@ -24,6 +25,7 @@ use crate::error::{AccelError, RawCode, VcpuResult};
 use crate::event::HostEvent;
 use crate::ffi::kvm as ffi;
 use crate::memory::{DirtyBitmap, GuestRegion};
+use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
 use kvm_bindings as kb;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -67,6 +69,43 @@ struct Slots {
     freed: Vec<u32>,
 }
 
+/// What an architecture adds to a virtual machine. What it does not have answers `Unsupported`.
+trait ArchVm {
+    /// Called before anything that needs interrupt controllers to be complete.
+    fn before_interrupts(&self) -> VcpuResult<()> {
+        Ok(())
+    }
+
+    /// See [`Accel::set_aarch64_features`].
+    fn set_features(&self, caps: &Capabilities, features: Aarch64Features) -> VcpuResult<()> {
+        let _ = (caps, features);
+        Err(not_here("optional parts of the aarch64 architecture"))
+    }
+
+    /// See [`Accel::gic`].
+    fn gic(&self) -> VcpuResult<Gic> {
+        Err(not_here("an in-kernel GIC"))
+    }
+
+    /// See [`Accel::get_gic_state`].
+    fn get_gic_state(&self) -> VcpuResult<GicState> {
+        Err(not_here("an in-kernel GIC"))
+    }
+
+    /// See [`Accel::set_gic_state`].
+    fn set_gic_state(&self, state: &GicState) -> VcpuResult<()> {
+        let _ = state;
+        Err(not_here("an in-kernel GIC"))
+    }
+}
+
+fn not_here(what: &'static str) -> AccelError {
+    AccelError::Unsupported {
+        kind: Some(AccelKind::Kvm),
+        what,
+    }
+}
+
 /// What the `AccelKvm`, its vCPUs and interrupt handles share.
 #[derive(Debug)]
 struct KvmVm {
@@ -76,6 +115,7 @@ struct KvmVm {
     /// By guest physical address.
     slots: Mutex<Slots>,
     irqchip: Mutex<IrqChip>,
+    arch: arch::VmArch,
     dirty: dirty::DirtyTracking,
     /// A vCPU was created: interrupt controllers and dirty rings cannot change any more.
     has_vcpus: AtomicBool,
@@ -113,6 +153,7 @@ impl AccelKvm {
                 caps,
                 slots: Mutex::default(),
                 irqchip: Mutex::default(),
+                arch: arch::VmArch::default(),
                 dirty,
                 has_vcpus: AtomicBool::new(false),
             }),
@@ -147,8 +188,9 @@ impl AccelKvm {
 
 /// `KVM_CREATE_VM`, again if a signal came in between.
 fn create_vm(kvm: &Kvm) -> VcpuResult<VmFd> {
+    let kind = arch::vm_type(kvm);
     loop {
-        match kvm.create_vm() {
+        match kvm.create_vm_with_type(kind) {
             Err(error) if error.errno() == libc::EINTR => {}
             result => return result.map_err(refused("KVM_CREATE_VM")),
         }
@@ -467,7 +509,7 @@ impl Accel for AccelKvm {
             IrqChip::Split if !caps.split_irqchip => {
                 return Err(self.unsupported("a split interrupt controller"));
             }
-            _ => arch::create_irqchip(&self.vm.fd, chip)?,
+            _ => arch::create_irqchip(&self.vm, chip)?,
         }
         *current = chip;
         Ok(())
@@ -506,6 +548,7 @@ impl Accel for AccelKvm {
         gsi: u32,
         resample: Option<&HostEvent>,
     ) -> VcpuResult<()> {
+        self.vm.arch.before_interrupts()?;
         let mut irqfd = kb::kvm_irqfd {
             fd: event.as_raw_fd() as u32,
             gsi,
@@ -534,6 +577,25 @@ impl Accel for AccelKvm {
             ffi::KVM_IOEVENTFD,
             &io_event(event, on, 0)?,
         )
+    }
+
+    fn set_aarch64_features(&mut self, features: Aarch64Features) -> VcpuResult<()> {
+        if self.vm.has_vcpus.load(Ordering::Relaxed) {
+            return Err(AccelError::invalid("CPU features", "vCPUs exist already"));
+        }
+        self.vm.arch.set_features(&self.vm.caps, features)
+    }
+
+    fn gic(&self) -> VcpuResult<Gic> {
+        self.vm.arch.gic()
+    }
+
+    fn get_gic_state(&self) -> VcpuResult<GicState> {
+        self.vm.arch.get_gic_state()
+    }
+
+    fn set_gic_state(&mut self, state: &GicState) -> VcpuResult<()> {
+        self.vm.arch.set_gic_state(state)
     }
 
     fn unregister_ioevent(&mut self, event: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
@@ -636,12 +698,12 @@ impl IrqSink for KvmVm {
                 what: "an interrupt line without an in-kernel I/O APIC",
             });
         }
-        self.fd
-            .set_irq_line(gsi, level)
-            .map_err(refused("KVM_IRQ_LINE"))
+        self.arch.before_interrupts()?;
+        arch::set_line(self, gsi, level)
     }
 
     fn signal_msi(&self, msi: MsiMessage) -> VcpuResult<()> {
+        self.arch.before_interrupts()?;
         let message = kb::kvm_msi {
             address_lo: msi.address as u32,
             address_hi: (msi.address >> 32) as u32,

@@ -2,7 +2,8 @@
 //!
 //! The kernel finishes an access itself at the next `KVM_RUN`, from the data that stands in the run area. So `io_data` and
 //! `complete_read` work on that area directly, and `quiesce` is a `KVM_RUN` with `immediate_exit` set, which finishes the
-//! access and returns before the guest is entered. What only x86-64 has is in `x86_64.rs`.
+//! access and returns before the guest is entered. What only one architecture has is in `x86_64.rs` and
+//! `aarch64.rs`.
 
 use super::arch;
 use super::kick::{Kick, RunFlag};
@@ -10,6 +11,7 @@ use super::{KvmVm, errno};
 use crate::accel::AccelKind;
 use crate::error::{AccelError, InstructionBytes, VcpuResult};
 use crate::ffi::kvm as ffi;
+use crate::regs::aarch64::Aarch64Vcpu;
 use crate::regs::x86_64::X86Vcpu;
 use crate::regs::{FpuRegs, GuestRegs};
 use crate::vcpu_common::{
@@ -139,7 +141,7 @@ impl KvmVcpu {
             last_exit: None,
             debug_event: None,
         };
-        vcpu.arch_init();
+        vcpu.arch_init()?;
         Ok(vcpu)
     }
 
@@ -154,6 +156,7 @@ impl KvmVcpu {
     }
 
     /// Takes the mark off the registers in the run area.
+    #[allow(dead_code)] // Not every architecture's kernel leaves registers there.
     #[inline(always)]
     pub(super) fn clear_dirty_regs(&self) {
         // SAFETY: the field lies in the mapped structure; a vCPU is not `Sync`, and no reference into the structure
@@ -227,8 +230,11 @@ impl KvmVcpu {
                 });
             }
             if pending.kind == PendingKind::Hypercall {
-                self.finish_hypercall()?;
+                self.arch_finish_call()?;
             }
+        }
+        if let Some(access) = self.arch_resume()? {
+            return Ok(Some(access));
         }
         loop {
             let Some(reason) = self.enter()? else {
@@ -326,7 +332,7 @@ impl KvmVcpu {
             kb::KVM_EXIT_DEBUG => {
                 // SAFETY: as above.
                 let debug = unsafe { exit.debug.arch };
-                self.debug_event = Some(arch::debug_event(&debug));
+                self.debug_event = Some(self.arch_debug_event(&debug)?);
                 Ok(VcpuExit::Debug)
             }
             kb::KVM_EXIT_FAIL_ENTRY => {
@@ -338,12 +344,13 @@ impl KvmVcpu {
                 })
             }
             kb::KVM_EXIT_INTERNAL_ERROR => Err(self.internal_error()),
-            _ => Ok(VcpuExit::Unknown),
+            _ => self.arch_exit(reason),
         }
     }
 
+    /// Remembers an access of `len` bytes whose data stands at `offset` in the run area.
     #[inline(always)]
-    fn expect_io(&mut self, addr: u64, offset: usize, len: usize, is_write: bool) {
+    pub(super) fn expect_io(&mut self, addr: u64, offset: usize, len: usize, is_write: bool) {
         self.pending = Some(Pending {
             kind: PendingKind::Io,
             addr,
@@ -376,14 +383,6 @@ impl KvmVcpu {
             pc: self.get_regs().map_or(0, |regs| regs.pc),
             instruction,
         }
-    }
-
-    /// The kernel writes the hypercall's result to RAX when it goes on: let that be what stands there.
-    #[cold]
-    fn finish_hypercall(&mut self) -> VcpuResult<()> {
-        let rax = self.get_regs()?.gpr[0];
-        self.run.get_mut().__bindgen_anon_1.hypercall.ret = rax;
-        Ok(())
     }
 
     /// The pending access if it is one of the wanted direction.
@@ -532,5 +531,9 @@ impl VcpuOps for KvmVcpu {
 
     fn as_x86(&mut self) -> Option<&mut dyn X86Vcpu> {
         self.arch_as_x86()
+    }
+
+    fn as_aarch64(&mut self) -> Option<&mut dyn Aarch64Vcpu> {
+        self.arch_as_aarch64()
     }
 }
