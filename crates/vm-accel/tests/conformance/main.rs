@@ -10,17 +10,22 @@
 //! VM_ACCEL_REQUIRE=kvm,soft cargo test …                    a backend that is not there is a failure
 //! ```
 
+mod arm64;
 mod exceptions;
 mod harness;
+mod interrupts;
+mod kicks;
 mod memory;
 mod mmio;
 mod modes;
 mod pio;
+mod protocol;
 mod registers;
 
+use arm64::{arm64_access, arm64_cpu, arm64_debug, arm64_interrupts, arm64_memory};
 use harness::runner::{Theme, main as run};
 use std::process::ExitCode;
-use vm_accel::GuestArch::X86_64;
+use vm_accel::GuestArch::{Aarch64, X86_64};
 
 macro_rules! themes {
     ($($arch:ident $name:ident),* $(,)?) => {
@@ -28,8 +33,8 @@ macro_rules! themes {
     };
 }
 
-const THEMES: &[Theme] =
-    themes![X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers];
+const THEMES: &[Theme] = themes![X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers, X86_64 interrupts, X86_64 kicks, X86_64 protocol,
+    Aarch64 arm64_access, Aarch64 arm64_cpu, Aarch64 arm64_memory, Aarch64 arm64_interrupts, Aarch64 arm64_debug];
 
 fn main() -> ExitCode {
     run(THEMES, exceptions::TABLE)
