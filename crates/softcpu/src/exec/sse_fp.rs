@@ -354,7 +354,7 @@ fn twelve_bits(value: f32) -> F32 {
         return F32(value.to_bits() & 1 << 31);
     }
     // A carry out of the fraction moves on into the exponent, as it should.
-    F32(value.to_bits() + 0x400 & !0x7ff)
+    F32((value.to_bits() + 0x400) & !0x7ff)
 }
 
 /// RCPSS of one lane: no flags, whatever MXCSR says; denormals count as zero.

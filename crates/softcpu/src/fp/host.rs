@@ -252,7 +252,8 @@ pub(crate) fn compare<F: HostFloat>(
     signaling: bool,
 ) -> Option<Ordering> {
     if no_denormal(a) && no_denormal(b) {
-        if let order @ Some(_) = a.native().partial_cmp(&b.native()) {
+        let order = a.native().partial_cmp(&b.native());
+        if order.is_some() {
             return order;
         }
     }

@@ -67,16 +67,52 @@ fn invalid(env: &mut Env) -> F80 {
     F80::INDEFINITE
 }
 
-/// `1 + z/a * (1 + z/b * (1 + ...))` for the divisors given from the innermost outwards.
-fn nested(z: Wide, divisors: impl Iterator<Item = u32>) -> Wide {
-    divisors.fold(Wide::ONE, |sum, n| z.mul(sum).div_small(n).add(Wide::ONE))
+/// A table of reciprocals: the innermost coefficient first, as [`nested`] and [`odd_series`] want them.
+macro_rules! reciprocals {
+    ($(#[$doc:meta])* $name:ident: $terms:literal, |$n:ident| $divisor:expr) => {
+        $(#[$doc])*
+        const $name: [Wide; $terms] = {
+            let mut table = [Wide::ONE; $terms];
+            let mut i = 0;
+            while i < $terms {
+                let $n = ($terms - i) as u32;
+                table[i] = Wide::reciprocal($divisor);
+                i += 1;
+            }
+            table
+        };
+    };
+}
+
+reciprocals! {
+    /// For `(exp(z) - 1) / z`: 0.694^n / n! is below 2^-110 from n = 26 on.
+    EXP: 26, |n| n + 1
+}
+reciprocals! {
+    /// For `sin(x) / x`: 0.786^(2n) / (2n)! is below 2^-110 from n = 13 on.
+    SIN: 14, |n| 2 * n * (2 * n + 1)
+}
+reciprocals! {
+    /// For `cos(x)`.
+    COS: 14, |n| (2 * n - 1) * 2 * n
+}
+reciprocals! {
+    /// 1/45, 1/43, ..., 1/3, 1.
+    ODD: 23, |n| 2 * n - 1
+}
+
+/// `1 + z/a * (1 + z/b * (1 + ...))` for the reciprocals of a table.
+fn nested(z: Wide, table: &[Wide]) -> Wide {
+    table
+        .iter()
+        .fold(Wide::ONE, |sum, &r| z.mul(sum).mul(r).add(Wide::ONE))
 }
 
 /// `1 + z/3 + z^2/5 + ...` to `terms` terms.
-fn odd_reciprocals(z: Wide, terms: u32) -> Wide {
-    (0..terms).rev().fold(Wide::constant(0, 0), |sum, n| {
-        sum.mul(z).add(Wide::ONE.div_small(2 * n + 1))
-    })
+fn odd_series(z: Wide, terms: usize) -> Wide {
+    ODD[ODD.len() - terms..]
+        .iter()
+        .fold(Wide::constant(0, 0), |sum, &r| sum.mul(z).add(r))
 }
 
 /// F2XM1: `2^a - 1` for `-1 <= a <= 1`.
@@ -103,15 +139,14 @@ pub(crate) fn f2xm1(env: &mut Env, a: F80) -> F80 {
         };
     }
     let z = wide(&u).mul(LN_2);
-    // 0.694^n / n! is below 2^-110 from n = 26 on.
-    let series = nested(z, (2..=27).rev());
+    let series = nested(z, &EXP);
     finish(env, z.mul(series))
 }
 
 /// `log2((1 + s) / (1 - s))` for `|s| <= 0.18`, relatively exact.
 fn log2_from_ratio(s: Wide) -> Wide {
     // 0.0295^n is below 2^-110 from n = 22 on.
-    let series = odd_reciprocals(s.mul(s), 23);
+    let series = odd_series(s.mul(s), ODD.len());
     TWO_LOG2_E.mul(s).mul(series)
 }
 
@@ -222,7 +257,10 @@ fn atan(q: Wide) -> Wide {
     let (base, t) = match nearest {
         0 => (Wide::constant(0, 0), q),
         i => {
-            let c = Wide::int(i as i32).div_small(16);
+            let c = Wide {
+                exp: -4 + Wide::int(i as i32).exp,
+                ..Wide::int(i as i32)
+            };
             (ATAN[i - 1], q.sub(c).div(Wide::ONE.add(q.mul(c))))
         }
     };
@@ -230,7 +268,7 @@ fn atan(q: Wide) -> Wide {
         return base;
     }
     // 2^-10 a term.
-    base.add(t.mul(odd_reciprocals(t.mul(t).neg(), 12)))
+    base.add(t.mul(odd_series(t.mul(t).neg(), 12)))
 }
 
 /// FPATAN: the angle of the point (x, y), with `x` in ST0 and `y` in ST1.
@@ -327,9 +365,8 @@ fn reduce(u: &Unpacked) -> (Wide, u32) {
 /// Sine and cosine of a reduced angle.
 fn sin_cos_kernel(r: Wide) -> (Wide, Wide) {
     let z = r.mul(r).neg();
-    // 0.786^(2n) / (2n)! is below 2^-110 from n = 13 on.
-    let sin = r.mul(nested(z, (1..=14).rev().map(|n| 2 * n * (2 * n + 1))));
-    let cos = nested(z, (1..=14).rev().map(|n| (2 * n - 1) * 2 * n));
+    let sin = r.mul(nested(z, &SIN));
+    let cos = nested(z, &COS);
     (sin, cos)
 }
 

@@ -117,44 +117,42 @@ impl Wide {
         if self.is_zero() {
             return self;
         }
-        // Restoring division, one bit a step; the remainder stays below the divisor.
-        let (mut rest, mut quotient, mut exp) = (self.sig, 0u128, self.exp - other.exp);
-        if rest >= other.sig {
-            rest -= other.sig;
-            quotient = 1;
+        let (a, b) = (
+            Wide {
+                sign: false,
+                ..self
+            },
+            Wide {
+                sign: false,
+                ..other
+            },
+        );
+        // 62 good bits of the reciprocal, doubled by one Newton step; the quotient is then corrected by what it leaves.
+        let seed = Wide::new(false, 62 - b.exp, u128::MAX / (b.sig >> 64));
+        let reciprocal = seed.mul(Wide::int(2).sub(b.mul(seed)));
+        let quotient = a.mul(reciprocal);
+        let rest = a.sub(b.mul(quotient));
+        let quotient = if rest.is_zero() {
+            quotient
         } else {
-            exp -= 1;
-        }
-        while quotient >> 127 == 0 {
-            let carry = rest >> 127 == 1;
-            rest <<= 1;
-            quotient <<= 1;
-            if carry || rest >= other.sig {
-                rest = rest.wrapping_sub(other.sig);
-                quotient |= 1;
-            }
-        }
+            quotient.add(rest.mul(reciprocal))
+        };
         Wide {
             sign: self.sign ^ other.sign,
-            exp,
-            sig: quotient | u128::from(rest != 0),
+            exp: quotient.exp,
+            sig: quotient.sig | 1,
         }
     }
 
-    /// `self / n` for a small positive integer.
-    pub(crate) fn div_small(self, n: u32) -> Self {
-        let n = u128::from(n);
-        // Four more bits than fit would be lost without the remainder's share.
-        let (quotient, rest) = (self.sig / n, self.sig % n);
+    /// `1 / n`, for tables.
+    pub(crate) const fn reciprocal(n: u32) -> Self {
+        let n = n as u128;
+        let (quotient, rest) = ((1 << 127) / n, (1 << 127) % n);
         let shift = quotient.leading_zeros();
-        if self.is_zero() {
-            return self;
-        }
-        let more = (rest << shift) / n;
         Wide {
-            sign: self.sign,
-            exp: self.exp - shift as i32,
-            sig: quotient << shift | more | u128::from(rest != 0),
+            sign: false,
+            exp: -(shift as i32),
+            sig: quotient << shift | (rest << shift) / n,
         }
     }
 }
