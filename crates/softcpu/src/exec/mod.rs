@@ -34,6 +34,10 @@ pub(crate) mod form;
 mod mmx;
 mod muldiv;
 mod shift;
+#[cfg(all(test, unix, target_arch = "x86_64"))]
+mod simd_host_tests;
+#[cfg(test)]
+mod simd_tests;
 mod sse_fp;
 mod sse_int;
 mod sse_mov;
@@ -159,6 +163,7 @@ pub(crate) const FAMILIES: &[Family] = &[
     Family { need: Need::None, lower: xsave::lower },
     Family { need: Need::Sse, lower: sse_mov::lower },
     Family { need: Need::Sse, lower: sse_int::lower },
+    Family { need: Need::None, lower: sse_int::lower_crc32 },
     Family { need: Need::Sse, lower: sse_fp::lower },
     Family { need: Need::Mmx, lower: mmx::lower },
     Family { need: Need::Sse, lower: mmx::lower_mixed },

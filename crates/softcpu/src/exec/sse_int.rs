@@ -1,11 +1,11 @@
-//! Integer SIMD on XMM registers: SSE2 to SSE4.2, AES, PCLMULQDQ, SHA.
+//! Integer SIMD on XMM registers: SSE2 to SSE4.2, AES, PCLMULQDQ, SHA; and CRC32, which came with SSE4.2 but is on general registers.
 //!
 //! What is computed is in [`crate::simd`]; here is where operands come from. A memory operand of 16 bytes must be aligned
 //! (#GP(0), SDM vol. 2, table "Type 4 Class Exception Conditions"), the string comparisons' excepted; narrower ones need not be.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::form::has_memory;
+use super::form::{Word, has_memory};
 use super::{Exec, Form, Handler, Op};
 use crate::core::Core;
 use crate::flags::Flags;
@@ -238,5 +238,24 @@ fn finish_string<const MASK: bool>(cpu: &mut Core, result: StringCompare) -> Exe
     ];
     let bits = bits.into_iter().fold(0, |bits, (on, flag)| if on { bits | flag } else { bits });
     cpu.fl = Flags::from_bits(bits);
+    Ok(())
+}
+
+/// The handler of CRC32, which needs nothing to be enabled.
+pub(crate) fn lower_crc32(insn: &Instruction) -> Option<Handler> {
+    let forms: [Handler; 2] = match insn.code() {
+        Code::Crc32_r32_rm8 | Code::Crc32_r64_rm8 => [crc32::<u8, false>, crc32::<u8, true>],
+        Code::Crc32_r32_rm16 => [crc32::<u16, false>, crc32::<u16, true>],
+        Code::Crc32_r32_rm32 => [crc32::<u32, false>, crc32::<u32, true>],
+        Code::Crc32_r64_rm64 => [crc32::<u64, false>, crc32::<u64, true>],
+        _ => return None,
+    };
+    Some(forms[usize::from(has_memory(insn))])
+}
+
+fn crc32<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    let data = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
+    let crc = simd::crc32(cpu.reg::<u32>(op.d) as u32, &data.to_le_bytes()[..T::BYTES as usize]);
+    cpu.set_reg::<u32>(op.d, crc.into());
     Ok(())
 }
