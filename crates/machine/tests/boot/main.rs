@@ -6,4 +6,5 @@ mod errors;
 mod mutations;
 mod plans;
 mod real_images;
+mod running;
 mod support;
