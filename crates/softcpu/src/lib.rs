@@ -47,6 +47,8 @@ mod bus;
 mod cache;
 mod core;
 mod cpu;
+#[cfg(test)]
+mod cpu_tests;
 mod cpuid;
 mod debug;
 mod decode;

@@ -99,6 +99,57 @@ impl Core {
         }
     }
 
+    /// The value at `lin` if the TLB has it; handlers use it for a path without calls, before the general one.
+    #[inline(always)]
+    pub(crate) fn hit_read<T: Word>(&self, lin: u64) -> Option<u64> {
+        let entry = self.tlb.entry(lin);
+        if entry.read != self.tlb.tag(lin.wrapping_add(T::BYTES - 1)) {
+            return None;
+        }
+        let host = entry.add.wrapping_add(lin as usize);
+        // SAFETY: as in `read`.
+        Some(unsafe {
+            match T::BITS {
+                8 => u64::from(host_read::<u8>(host)),
+                16 => u64::from(host_read::<u16>(host)),
+                32 => u64::from(host_read::<u32>(host)),
+                _ => host_read::<u64>(host),
+            }
+        })
+    }
+
+    /// Writes at `lin` if the TLB has it; `false` if nothing was done.
+    #[inline(always)]
+    pub(crate) fn hit_write<T: Word>(&mut self, lin: u64, value: u64) -> bool {
+        let entry = self.tlb.entry(lin);
+        if entry.write != self.tlb.tag(lin.wrapping_add(T::BYTES - 1)) {
+            return false;
+        }
+        let host = entry.add.wrapping_add(lin as usize);
+        // SAFETY: as in `write`.
+        unsafe {
+            match T::BITS {
+                8 => host_write(host, value as u8),
+                16 => host_write(host, value as u16),
+                32 => host_write(host, value as u32),
+                _ => host_write(host, value),
+            }
+        }
+        true
+    }
+
+    /// Read-modify-write without `LOCK` at `lin` if the TLB has it; the old value.
+    #[inline(always)]
+    pub(crate) fn hit_rmw<T: Word>(&mut self, lin: u64, f: impl Fn(u64) -> u64) -> Option<u64> {
+        let entry = self.tlb.entry(lin);
+        if entry.write != self.tlb.tag(lin.wrapping_add(T::BYTES - 1)) {
+            return None;
+        }
+        let old = self.hit_read::<T>(lin)?;
+        self.hit_write::<T>(lin, f(old));
+        Some(old)
+    }
+
     /// Reads as the given set of rights.
     pub(crate) fn read_as<T: Mem>(&mut self, set: Set, lin: u64) -> Exec<T> {
         self.read_slow(set, lin)
@@ -285,6 +336,7 @@ impl Core {
     }
 
     /// Checks limit and rights of a segment (SDM vol. 3A, 5.3 to 5.5) and answers the linear address.
+    #[inline(never)]
     pub(crate) fn segment_address(&mut self, segment: usize, offset: u64, len: u64, write: bool) -> Exec<u64> {
         let s = &self.st.segs[segment];
         let last = offset.wrapping_add(len - 1);

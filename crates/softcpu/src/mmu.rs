@@ -266,12 +266,14 @@ impl Core {
             Ok(walk) => walk,
             Err(code) => return self.raise(Exception::Pf { addr: lin, code }),
         };
-        let layout = self.layout.clone();
-        let Some(region) = layout.find(walk.gpa).filter(|r| r.writable || !write) else {
+        let Some(region) = self.layout.find(walk.gpa).filter(|r| r.writable || !write) else {
             self.need_alone()?;
             return Ok(Place::Device(walk.gpa));
         };
         let mask = region.code_mask(walk.gpa);
+        let host = region.host(walk.gpa);
+        // A page that is read and could be written without further ado is filled for both.
+        let fast = mask == 0 && walk.write && region.writable && (write || !region.logs());
         if write {
             region.mark_dirty(walk.gpa);
             if mask & granules(walk.gpa, len) != 0 {
@@ -279,10 +281,7 @@ impl Core {
                 self.code_writes.push((walk.gpa, len));
             }
         }
-        let host = region.host(walk.gpa);
         if !self.watching {
-            // A page that is read and could be written without further ado is filled for both.
-            let fast = mask == 0 && walk.write && region.writable && (write || !region.logs());
             self.tlb.fill(set, lin, host - (walk.gpa & 0xfff) as usize, fast, walk.global, walk.large);
         }
         Ok(Place::Host(host))

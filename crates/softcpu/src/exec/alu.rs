@@ -72,6 +72,40 @@ fn carry_in<const OP: u8>(cpu: &Core) -> u64 {
 
 fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
+    let (a, b) = match F {
+        RR => (cpu.reg::<T>(op.d), cpu.reg::<T>(op.s)),
+        RI => (cpu.reg::<T>(op.d), T::cut(op.imm)),
+        // A path without calls if the TLB has the page; see `data`.
+        _ if op.am != 0 || LOCK => return binary_general::<T, OP, F, LOCK>(cpu, op),
+        RM => match cpu.hit_read::<T>(cpu.offset(op)) {
+            Some(b) => (cpu.reg::<T>(op.d), b),
+            None => return binary_general::<T, OP, F, LOCK>(cpu, op),
+        },
+        _ => {
+            let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
+            let lin = cpu.offset(op);
+            let hit = if OP == CMP || OP == TEST {
+                cpu.hit_read::<T>(lin)
+            } else {
+                cpu.hit_rmw::<T>(lin, |a| compute::<T, OP>(a, b, carry))
+            };
+            match hit {
+                Some(a) => (a, b),
+                None => return binary_general::<T, OP, F, LOCK>(cpu, op),
+            }
+        }
+    };
+    let r = compute::<T, OP>(a, b, carry);
+    set_flags::<T, OP>(cpu, a, r, carry);
+    if OP != CMP && OP != TEST && F <= RM {
+        cpu.set_reg::<T>(op.d, r);
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    let carry = carry_in::<OP>(cpu);
     if F == MR || F == MI {
         let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
         if OP == CMP || OP == TEST {
@@ -191,12 +225,9 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     Err(if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall })
 }
 
-/// Picks the instance of a handler for a condition.
+/// Picks the instance of a handler for one of the conditions listed.
 macro_rules! by_condition {
-    ($cc:expr, $h:ident::<$t:ty, $op:ident, $f:ident>) => {
-        by_condition!(@ $cc, $h, $t, $op, $f, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
-    };
-    (@ $cc:expr, $h:ident, $t:ty, $op:ident, $f:ident, $($n:literal)*) => {
+    ($cc:expr, [$($n:literal)*], $h:ident::<$t:ty, $op:ident, $f:ident>) => {
         match $cc {
             $($n => $h::<$t, $op, $f, $n> as Handler,)*
             _ => return None,
@@ -204,17 +235,14 @@ macro_rules! by_condition {
     };
 }
 
-fn pick_fused<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
-    if insn.has_lock_prefix() {
-        return None;
-    }
+/// Comparisons fuse with every condition.
+fn pick_comparison<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
     macro_rules! of_form {
         ($f:ident) => {
             match size0(insn) {
-                1 => by_condition!(cc, fused::<u8, OP, $f>),
-                2 => by_condition!(cc, fused::<u16, OP, $f>),
-                4 => by_condition!(cc, fused::<u32, OP, $f>),
-                8 => by_condition!(cc, fused::<u64, OP, $f>),
+                1 => by_condition!(cc, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], fused::<u8, OP, $f>),
+                4 => by_condition!(cc, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], fused::<u32, OP, $f>),
+                8 => by_condition!(cc, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], fused::<u64, OP, $f>),
                 _ => return None,
             }
         };
@@ -222,9 +250,18 @@ fn pick_fused<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
     Some(match Form::of(insn) {
         Form::Reg => of_form!(RR),
         Form::RegImm => of_form!(RI),
+        Form::MemImm => of_form!(MI),
         Form::RegMem if OP == CMP => of_form!(RM),
-        Form::MemReg if OP == CMP || OP == TEST => of_form!(MR),
-        Form::MemImm if OP == CMP || OP == TEST => of_form!(MI),
+        Form::MemReg if OP == CMP => of_form!(MR),
+        _ => return None,
+    })
+}
+
+/// Arithmetic on registers fuses with the conditions that compilers use behind it: carry, zero, sign.
+fn pick_arithmetic<const OP: u8, const F: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
+    Some(match size0(insn) {
+        4 => by_condition!(cc, [2 3 4 5 8 9], fused::<u32, OP, F>),
+        8 => by_condition!(cc, [2 3 4 5 8 9], fused::<u64, OP, F>),
         _ => return None,
     })
 }
@@ -232,14 +269,17 @@ fn pick_fused<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
 /// One record for `insn` and the conditional branch `jcc` behind it, if they fuse.
 pub(crate) fn fuse(insn: &Instruction, jcc: &Instruction) -> Option<Handler> {
     let cc = condition_number(jcc)?;
-    match insn.mnemonic() {
-        Mnemonic::Cmp => pick_fused::<CMP>(insn, cc),
-        Mnemonic::Test => pick_fused::<TEST>(insn, cc),
-        Mnemonic::Sub => pick_fused::<SUB>(insn, cc),
-        Mnemonic::Add => pick_fused::<ADD>(insn, cc),
-        Mnemonic::And => pick_fused::<AND>(insn, cc),
-        Mnemonic::Dec if Form::of(insn) == Form::Reg => pick_fused::<DEC>(insn, cc),
-        Mnemonic::Inc if Form::of(insn) == Form::Reg => pick_fused::<INC>(insn, cc),
+    match (insn.mnemonic(), Form::of(insn)) {
+        (Mnemonic::Cmp, _) => pick_comparison::<CMP>(insn, cc),
+        (Mnemonic::Test, _) => pick_comparison::<TEST>(insn, cc),
+        (Mnemonic::Sub, Form::Reg) => pick_arithmetic::<SUB, RR>(insn, cc),
+        (Mnemonic::Sub, Form::RegImm) => pick_arithmetic::<SUB, RI>(insn, cc),
+        (Mnemonic::Add, Form::Reg) => pick_arithmetic::<ADD, RR>(insn, cc),
+        (Mnemonic::Add, Form::RegImm) => pick_arithmetic::<ADD, RI>(insn, cc),
+        (Mnemonic::And, Form::Reg) => pick_arithmetic::<AND, RR>(insn, cc),
+        (Mnemonic::And, Form::RegImm) => pick_arithmetic::<AND, RI>(insn, cc),
+        (Mnemonic::Dec, Form::Reg) => pick_arithmetic::<DEC, RR>(insn, cc),
+        (Mnemonic::Inc, Form::Reg) => pick_arithmetic::<INC, RR>(insn, cc),
         _ => None,
     }
 }

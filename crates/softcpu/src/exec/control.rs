@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::alu::condition_number;
 use super::form::{Word, by_size, has_memory};
+use super::stack::push_hit;
 use super::{Exec, Handler, Leave, Op};
 use crate::core::{Core, Trap, mode};
 use crate::exception::Exception;
@@ -42,6 +43,14 @@ impl Core {
 }
 
 fn call<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
+    if push_hit::<T>(cpu, op.imm) {
+        return Err(Leave::Taken);
+    }
+    call_general::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn call_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     cpu.push::<T>(op.imm)?;
     Err(Leave::Taken)
 }
@@ -61,6 +70,17 @@ fn call_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn ret<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
+    let sp = cpu.st.gpr[4];
+    if cpu.code64() && let Some(rip) = cpu.hit_read::<T>(sp).filter(|rip| canonical(*rip)) {
+        cpu.st.gpr[4] = sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff);
+        cpu.st.rip = rip;
+        return Err(Leave::Indirect);
+    }
+    ret_general::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn ret_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let (rip, sp) = cpu.peek::<T>(0)?;
     cpu.check_near(rip)?;
     cpu.set_sp(sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff));

@@ -22,7 +22,21 @@ fn mov_ri<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     Ok(())
 }
 
+// The common forms try the TLB first, in code that calls nothing and so needs no stack frame; what misses, or has a segment, goes
+// through the general path.
+
 fn mov_rm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
+    if op.am == 0 {
+        if let Some(value) = cpu.hit_read::<T>(cpu.offset(op)) {
+            cpu.set_reg::<T>(op.d, value);
+            return Ok(());
+        }
+    }
+    mov_rm_general::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn mov_rm_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.load_word::<T>(op)?;
     cpu.set_reg::<T>(op.d, value);
     Ok(())
@@ -30,16 +44,40 @@ fn mov_rm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 
 fn mov_mr<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.s);
-    cpu.store_word::<T>(op, value)
+    if op.am == 0 && cpu.hit_write::<T>(cpu.offset(op), value) {
+        return Ok(());
+    }
+    store_general::<T>(cpu, op, value)
 }
 
 fn mov_mi<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    cpu.store_word::<T>(op, op.imm)
+    if op.am == 0 && cpu.hit_write::<T>(cpu.offset(op), op.imm) {
+        return Ok(());
+    }
+    store_general::<T>(cpu, op, op.imm)
+}
+
+#[inline(never)]
+fn store_general<T: Word>(cpu: &mut Core, op: &Op, value: u64) -> Exec {
+    cpu.store_word::<T>(op, value)
 }
 
 /// MOVZX, MOVSX, MOVSXD: from `S` to `D`.
 fn extend<D: Word, S: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let value = if M { cpu.load_word::<S>(op)? } else { cpu.reg::<S>(op.s) };
+    let value = if !M {
+        cpu.reg::<S>(op.s)
+    } else if op.am == 0 && let Some(value) = cpu.hit_read::<S>(cpu.offset(op)) {
+        value
+    } else {
+        return extend_general::<D, S, SIGNED>(cpu, op);
+    };
+    cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
+    Ok(())
+}
+
+#[inline(never)]
+fn extend_general<D: Word, S: Word, const SIGNED: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    let value = cpu.load_word::<S>(op)?;
     cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
     Ok(())
 }

@@ -31,6 +31,8 @@ mod control;
 mod data;
 mod far;
 pub(crate) mod form;
+#[cfg(all(test, unix, target_arch = "x86_64"))]
+mod host_tests;
 mod mmx;
 mod muldiv;
 mod shift;

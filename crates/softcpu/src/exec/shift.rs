@@ -128,8 +128,8 @@ fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core,
             let wide = u128::from(a) << bits | u128::from(b);
             let wide = if bits == 16 { wide << 16 | u128::from(a) } else { wide };
             let total = if bits == 16 { 48 } else { 2 * bits };
-            let shifted = wide << count;
-            (T::cut((shifted >> (total - bits)) as u64), shifted >> total & 1 != 0)
+            let result = if total == 128 { wide << count >> 64 } else { wide << count >> (total - bits) };
+            (T::cut(result as u64), wide >> (total - count) & 1 != 0)
         } else {
             let wide = u128::from(b) << bits | u128::from(a);
             let wide = if bits == 16 { wide | u128::from(a) << 32 } else { wide };

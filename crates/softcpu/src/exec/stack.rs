@@ -71,9 +71,25 @@ impl Core {
     }
 }
 
+/// Pushes in 64-bit mode if the TLB has the page; `false` if nothing was done.
+#[inline(always)]
+pub(super) fn push_hit<T: Word>(cpu: &mut Core, value: u64) -> bool {
+    let sp = cpu.st.gpr[4].wrapping_sub(T::BYTES);
+    let done = cpu.code64() && cpu.hit_write::<T>(sp, value);
+    if done {
+        cpu.st.gpr[4] = sp;
+    }
+    done
+}
+
+#[inline(never)]
+pub(super) fn push_general<T: Word>(cpu: &mut Core, value: u64) -> Exec {
+    cpu.push::<T>(value)
+}
+
 fn push_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.d);
-    cpu.push::<T>(value)
+    if push_hit::<T>(cpu, value) { Ok(()) } else { push_general::<T>(cpu, value) }
 }
 
 fn push_imm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
@@ -99,6 +115,17 @@ fn push_seg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn pop_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
+    let sp = cpu.st.gpr[4];
+    if cpu.code64() && let Some(value) = cpu.hit_read::<T>(sp) {
+        cpu.st.gpr[4] = sp.wrapping_add(T::BYTES);
+        cpu.set_reg::<T>(op.d, value);
+        return Ok(());
+    }
+    pop_general::<T>(cpu, op)
+}
+
+#[inline(never)]
+fn pop_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let (value, sp) = cpu.peek::<T>(0)?;
     cpu.set_sp(sp.wrapping_add(T::BYTES));
     cpu.set_reg::<T>(op.d, value);
