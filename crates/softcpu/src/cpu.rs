@@ -231,13 +231,12 @@ impl Cpu {
             core.st.events.nmi_blocked = true;
             return Some(self.deliver(crate::interrupt::Source::Nmi));
         }
-        let open = core.st.rflags & rflags::IF != 0 && !shadow;
-        if open {
-            if let Some(vector) = core.st.events.interrupt.take() {
-                core.st.events.halted = false;
-                return Some(self.deliver(crate::interrupt::Source::External(vector)));
-            }
+        // Accepted when it was injected: in delivery, whatever IF says now.
+        if let Some(vector) = core.st.events.interrupt.take() {
+            core.st.events.halted = false;
+            return Some(self.deliver(crate::interrupt::Source::External(vector)));
         }
+        let open = core.st.rflags & rflags::IF != 0 && !shadow;
         let tsc = core.tsc();
         if core.bus.interrupt_pending(tsc) && open {
             if let Some(vector) = core.bus.acknowledge() {
@@ -571,7 +570,8 @@ impl Cpu {
         st.rflags & rflags::IF != 0 && !st.events.sti_shadow && !st.events.mov_ss_shadow && st.events.interrupt.is_none()
     }
 
-    /// Queues an external interrupt; it is delivered when the guest allows it. `false` if one already waits.
+    /// Puts an external interrupt into delivery: it comes before the next instruction, so ask [`Cpu::can_take_interrupt`] first.
+    /// `false` if one already waits.
     #[must_use = "an interrupt that was not queued is lost"]
     pub fn inject_interrupt(&mut self, vector: u8) -> bool {
         let free = self.core.st.events.interrupt.is_none();

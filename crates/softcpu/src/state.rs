@@ -263,7 +263,7 @@ pub struct Msrs {
 /// What waits to be delivered to a CPU, and what holds delivery back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Events {
-    /// An external interrupt that was injected and is not yet delivered.
+    /// An external interrupt in delivery: accepted, and delivered before the next instruction whatever IF says.
     pub interrupt: Option<u8>,
     /// A non-maskable interrupt waits.
     pub nmi: bool,

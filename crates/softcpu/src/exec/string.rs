@@ -194,6 +194,8 @@ fn string<T: Word, const K: u8, const REP: u8>(cpu: &mut Core, op: &Op) -> Exec 
         element::<T, K>(cpu, op, &dst, mask)?;
         let left = (cpu.st.gpr[RCX] & mask).wrapping_sub(1);
         set_address(cpu, RCX, mask, left);
+        // An element that waited for the machine ends the turn: whoever finishes an access finishes just that element.
+        let waited = cpu.alone && cpu.replay.resume;
         if cpu.alone {
             cpu.replay.commit();
         }
@@ -205,7 +207,7 @@ fn string<T: Word, const K: u8, const REP: u8>(cpu: &mut Core, op: &Op) -> Exec 
         if left & mask == 0 || stop {
             return Ok(());
         }
-        if one_by_one {
+        if one_by_one || waited {
             break;
         }
     }

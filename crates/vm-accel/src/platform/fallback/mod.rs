@@ -263,8 +263,8 @@ impl Accel for NoAccel {
             return Err(AccelError::invalid("guest physical address", format!("the mapping at {gpa:#x} is not logged")));
         }
         let words = self.vm.ram.take_dirty_log(gpa).map_err(|_| no_mapping(gpa))?;
-        let mut dirty = DirtyBitmap::from_log(0, slot.region.size(), &words, PAGE)?;
-        dirty.union(&slot.region.take_host_dirty())?;
+        let mut dirty = DirtyBitmap::from_log(gpa, slot.region.size(), &words, PAGE)?;
+        dirty.union(&slot.region.take_host_dirty().with_base(gpa)?)?;
         Ok(dirty)
     }
 

@@ -37,7 +37,7 @@ pub(super) struct FallbackVcpu {
     pub(super) has_apic: bool,
     pub(super) mp_state: MpState,
     pending: Option<PendingAccess>,
-    /// What the guest wrote with the last exit.
+    /// What the guest wrote with the last exit, or the answer to its read.
     data: Vec<u8>,
     last_exit: Option<Exit>,
     debug: GuestDebug,
@@ -330,7 +330,10 @@ impl VcpuOps for FallbackVcpu {
 
     fn quiesce(&mut self) -> VcpuResult<VcpuExit> {
         self.check_answered()?;
-        self.pending = None;
+        if self.pending.take().is_some_and(|pending| !pending.is_write) {
+            // Where the VMM has moved the program counter meanwhile nobody waits for the answer any more.
+            let _ = self.cpu.get_mut().complete_read(&self.data);
+        }
         let exit = self.cpu.get_mut().quiesce();
         Ok(exit.and_then(|exit| self.translate(exit)).unwrap_or(VcpuExit::Interrupt))
     }
@@ -381,10 +384,9 @@ impl VcpuOps for FallbackVcpu {
                 format!("{} bytes were given, {} are needed", data.len(), pending.len),
             ));
         }
-        if !pending.answered && !self.cpu.get_mut().complete_read(data) {
-            return Err(AccelError::invalid("answer to a read", "the registers were changed, so that it is no longer pending"));
-        }
         pending.answered = true;
+        self.data.clear();
+        self.data.extend_from_slice(data);
         Ok(())
     }
 

@@ -208,15 +208,29 @@ impl Kick {
 
 impl KickTarget for Kick {
     fn kick(&self) {
+        // A kick that nobody has answered yet does the work of this one. Without this a thread that kicks without pause
+        // would keep the lock from the vCPU's drop, and the vCPU's thread busy with signals.
+        if self.requested.swap(true, Ordering::SeqCst) {
+            return;
+        }
         let flag = lock(&self.immediate_exit);
         let Some(flag) = *flag else { return };
-        self.requested.store(true, Ordering::SeqCst);
         flag.store(1);
-        let thread = self.thread.load(Ordering::SeqCst);
-        if thread != 0 {
+        loop {
+            let thread = self.thread.load(Ordering::SeqCst);
+            if thread == 0 {
+                return;
+            }
             // SAFETY: tgkill takes numbers only. If the thread left meanwhile the signal does nothing: its handler is
             // empty, and a thread that is gone is an error that nobody needs.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, self.signal) };
+            let sent =
+                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, self.signal) };
+            // A real-time signal is queued, and the user's queue may be full (RLIMIT_SIGPENDING): the kick must not be
+            // lost for that.
+            if sent == 0 || last_errno() != libc::EAGAIN {
+                return;
+            }
+            std::thread::yield_now();
         }
     }
 }
