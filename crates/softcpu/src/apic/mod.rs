@@ -6,7 +6,7 @@
 //!
 //! Source: Intel SDM volume 3A, chapter "Advanced Programmable Interrupt Controller (APIC)"; sections are named by their
 //! titles, because their numbers move between editions. The registers are kept as one array, indexed by offset divided by 16,
-//! which is also the x2APIC MSR index less 800H: a register is described once, in [`register`].
+//! which is also the x2APIC MSR index less 800H: a register is described once, in `register`.
 
 mod message;
 mod register;
