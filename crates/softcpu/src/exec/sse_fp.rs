@@ -15,7 +15,7 @@ use super::form::has_memory;
 use super::{Exec, Handler, Op};
 use crate::core::Core;
 use crate::exception::Exception;
-use crate::fp::host::{self, HostFloat};
+use crate::fp::host::{self, Add, Div, HostFloat, Max, Min, Mul, Operation, Sqrt, Sub};
 use crate::fp::{self, Env, F32, F64, Float, Round, arith};
 
 /// The bits of MXCSR that exist; DAZ is one of them.
@@ -27,6 +27,8 @@ trait Lane: HostFloat {
     fn get(v: u128, lane: usize) -> Self;
     fn put(self, v: u128, lane: usize) -> u128;
     fn load(cpu: &mut Core, op: &Op) -> Exec<Self>;
+    /// An operation on all lanes.
+    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128;
 }
 
 impl Lane for F32 {
@@ -46,6 +48,13 @@ impl Lane for F32 {
     fn load(cpu: &mut Core, op: &Op) -> Exec<Self> {
         Ok(F32(cpu.load::<u32>(op)?))
     }
+
+    #[inline(always)]
+    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128 {
+        let split = |v| std::array::from_fn::<_, 4, _>(|i| F32::get(v, i));
+        let result = host::apply_all::<O, F32, 4>(env, split(a), split(b));
+        lanes(|i| result[i])
+    }
 }
 
 impl Lane for F64 {
@@ -64,6 +73,13 @@ impl Lane for F64 {
     #[inline(always)]
     fn load(cpu: &mut Core, op: &Op) -> Exec<Self> {
         Ok(F64(cpu.load::<u64>(op)?))
+    }
+
+    #[inline(always)]
+    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128 {
+        let split = |v| std::array::from_fn::<_, 2, _>(|i| F64::get(v, i));
+        let result = host::apply_all::<O, F64, 2>(env, split(a), split(b));
+        lanes(|i| result[i])
     }
 }
 
@@ -127,56 +143,23 @@ fn complete_flags(cpu: &mut Core, env: &Env) -> Exec {
     cpu.simd_exception()
 }
 
-/// An operation on two lanes.
-trait Binary {
-    fn apply<F: HostFloat>(env: &mut Env, a: F, b: F) -> F;
-}
-
-macro_rules! binary {
-    ($($name:ident => $function:path;)*) => {$(
-        struct $name;
-        impl Binary for $name {
-            #[inline(always)]
-            fn apply<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-                $function(env, a, b)
-            }
-        }
-    )*};
-}
-
-binary! {
-    Add => host::add;
-    Sub => host::sub;
-    Mul => host::mul;
-    Div => host::div;
-    Min => host::min;
-    Max => host::max;
-    Sqrt => sqrt_of_second;
-}
-
-/// SQRTSS in the shape of the others: its first operand only lends the upper lanes.
-#[inline(always)]
-fn sqrt_of_second<F: HostFloat>(env: &mut Env, _: F, b: F) -> F {
-    host::sqrt(env, b)
-}
-
 /// ADDSS and the like.
-fn scalar<O: Binary, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
+fn scalar<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let b = scalar_source::<F, M>(cpu, op)?;
     let a = cpu.xmm(op.d);
     let mut env = Env::sse(cpu.st.mxcsr);
-    let result = O::apply(&mut env, F::get(a, 0), b);
+    let result = host::apply::<O, F>(&mut env, F::get(a, 0), b);
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, result.put(a, 0));
     Ok(())
 }
 
 /// ADDPS and the like.
-fn packed<O: Binary, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
+fn packed<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let b = packed_source::<M>(cpu, op)?;
     let a = cpu.xmm(op.d);
     let mut env = Env::sse(cpu.st.mxcsr);
-    let result = lanes(|i| O::apply(&mut env, F::get(a, i), F::get(b, i)));
+    let result = F::apply_all::<O>(&mut env, a, b);
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, result);
     Ok(())
@@ -190,9 +173,9 @@ fn add_sub<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let result = lanes(|i| {
         let (a, b) = (F::get(a, i), F::get(b, i));
         if i & 1 == 0 {
-            host::sub(&mut env, a, b)
+            host::apply::<Sub, F>(&mut env, a, b)
         } else {
-            host::add(&mut env, a, b)
+            host::apply::<Add, F>(&mut env, a, b)
         }
     });
     complete(cpu, &env)?;
@@ -201,7 +184,7 @@ fn add_sub<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 /// HADDPS, HSUBPD and their kin: neighbours within the destination, then within the source.
-fn horizontal<O: Binary, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
+fn horizontal<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let b = packed_source::<M>(cpu, op)?;
     let a = cpu.xmm(op.d);
     let mut env = Env::sse(cpu.st.mxcsr);
@@ -209,7 +192,7 @@ fn horizontal<O: Binary, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exe
         let half = F::LANES / 2;
         let from = if i < half { a } else { b };
         let first = i % half * 2;
-        O::apply(&mut env, F::get(from, first), F::get(from, first + 1))
+        host::apply::<O, F>(&mut env, F::get(from, first), F::get(from, first + 1))
     });
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, result);
@@ -224,21 +207,22 @@ fn dot<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let mut env = Env::sse(cpu.st.mxcsr);
     let products = lanes(|i| {
         if op.imm >> (4 + i) & 1 == 1 {
-            host::mul(&mut env, F::get(a, i), F::get(b, i))
+            host::apply::<Mul, F>(&mut env, F::get(a, i), F::get(b, i))
         } else {
             F::zero(false)
         }
     });
     complete(cpu, &env)?;
     let mut env = Env::sse(cpu.st.mxcsr);
-    let pair =
-        |env: &mut Env, i: usize| host::add(env, F::get(products, i), F::get(products, i + 1));
+    let pair = |env: &mut Env, i: usize| {
+        host::apply::<Add, F>(env, F::get(products, i), F::get(products, i + 1))
+    };
     let mut sum = pair(&mut env, 0);
     if F::LANES == 4 {
         let upper = pair(&mut env, 2);
         complete(cpu, &env)?;
         env = Env::sse(cpu.st.mxcsr);
-        sum = host::add(&mut env, sum, upper);
+        sum = host::apply::<Add, F>(&mut env, sum, upper);
     }
     complete(cpu, &env)?;
     cpu.set_xmm(

@@ -21,22 +21,20 @@ pub(crate) fn unpacked_to_float<S: Float, D: Float>(env: &mut Env, u: &Unpacked)
         Kind::Finite => {}
         _ => return propagate(env, u, u),
     }
-    if env.x87 {
-        let store = S::PRECISION > D::PRECISION;
-        if !store {
-            env.denormal(u.denormal);
-        }
-        let value = round(env, u.sign, u.exp, u128::from(u.sig) << 64);
-        // A store that is prevented does not report what it would have lost.
-        if store && env.unmasked() & (OE | UE) != 0 {
-            env.raised &= !PE;
-        }
-        return value;
+    if D::PRECISION > S::PRECISION {
+        // A wider format holds every number of a narrower one.
+        env.denormal(u.denormal);
+        return D::from_parts(u.sign, u.exp + D::EMAX, u.sig);
     }
-    if env.denormal(u.denormal) {
+    if !env.x87 && env.denormal(u.denormal) {
         return D::INDEFINITE;
     }
-    round(env, u.sign, u.exp, u128::from(u.sig) << 64)
+    let value = round(env, u.sign, u.exp, u128::from(u.sig) << 64);
+    // A store that is prevented does not report what it would have lost.
+    if env.x87 && env.unmasked() & (OE | UE) != 0 {
+        env.raised &= !PE;
+    }
+    value
 }
 
 /// A signed integer (sign-extended to 64 bits) as a number.

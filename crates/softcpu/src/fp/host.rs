@@ -160,87 +160,217 @@ fn is_product<F: HostFloat>(a: F, b: F, c: F) -> bool {
     u128::from(odd(b)) * u128::from(odd(c)) == u128::from(odd(a))
 }
 
-/// `a + b` for ADDSS, ADDPD and the like.
-#[inline(always)]
-pub(crate) fn add<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    if usable(env) && no_denormal(a) && no_denormal(b) {
-        let (x, y) = (a.native(), b.native());
-        let sum = x + y;
-        let result = F::from_native(sum);
-        // The exact error of a sum in nearest is (x - (sum - t)) + (y - t) with t = sum - x (Knuth, TAOCP 4.2.2).
-        let exact = || {
-            let t = sum - x;
-            F::from_native((x - (sum - t)) + (y - t)).is_zero()
-        };
-        if ordinary(result) && (sticky(env) || exact()) {
-            return result;
-        }
-    }
-    let (a, b) = (a.operand(env), b.operand(env));
-    arith::add(env, a, b)
+/// An operation with a short cut. Those with one operand look at the second only.
+pub(crate) trait Operation {
+    /// What the host makes of it.
+    fn host<F: HostFloat>(a: F, b: F) -> F;
+    /// Whether `r`, made by the host, is what the guest gets, with no flag but perhaps PE.
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool;
+    /// Whether `r`, which is sure, is exact.
+    fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool;
+    /// The operation in integer code.
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F;
 }
 
+/// `a + b`.
+pub(crate) struct Add;
 /// `a - b`.
-#[inline(always)]
-pub(crate) fn sub<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    if usable(env) && no_denormal(a) && no_denormal(b) {
-        let (x, y) = (a.native(), b.native());
-        let difference = x - y;
-        let result = F::from_native(difference);
-        let exact = || {
-            let t = x - difference;
-            F::from_native((x - (difference + t)) - (y - t)).is_zero()
-        };
-        if ordinary(result) && (sticky(env) || exact()) {
-            return result;
-        }
-    }
-    let (a, b) = (a.operand(env), b.operand(env));
-    arith::sub(env, a, b)
-}
-
+pub(crate) struct Sub;
 /// `a * b`.
-#[inline(always)]
-pub(crate) fn mul<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    if usable(env) && no_denormal(a) && no_denormal(b) {
-        let result = F::from_native(a.native() * b.native());
-        // The product of two p-bit integers has 2p - 1 bits, or one more when the exponent of the result says so.
-        let exact = || {
-            let excess =
-                F::PRECISION as i32 - 1 + result.exponent() + F::EMAX - a.exponent() - b.exponent();
-            (trailing(a) + trailing(b)) as i32 >= excess
-        };
-        if ordinary(result) && (sticky(env) || exact()) {
-            return result;
-        }
-    }
-    let (a, b) = (a.operand(env), b.operand(env));
-    arith::mul(env, a, b)
-}
-
+pub(crate) struct Mul;
 /// `a / b`.
-#[inline(always)]
-pub(crate) fn div<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    if usable(env) && no_denormal(a) && no_denormal(b) && b.exponent() != F::SPECIAL {
-        let result = F::from_native(a.native() / b.native());
-        if ordinary(result) && (sticky(env) || is_product(a, result, b)) {
-            return result;
-        }
+pub(crate) struct Div;
+/// The square root of `b`.
+pub(crate) struct Sqrt;
+/// MINSS and its family: the second operand unless the first is less. A NaN of any kind raises IE and gives the second
+/// operand as it is.
+pub(crate) struct Min;
+/// MAXSS and its family: the second operand unless the first is greater; NaNs as in [`Min`].
+pub(crate) struct Max;
+
+impl Operation for Add {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        F::from_native(a.native() + b.native())
     }
-    let (a, b) = (a.operand(env), b.operand(env));
-    arith::div(env, a, b)
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        // A sum that is zero is exact, and nearest agrees on its sign.
+        no_denormal(a) & no_denormal(b) & (ordinary(r) | r.is_zero())
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        // The error of a sum in nearest is (a - (r - t)) + (b - t) with t = r - a (Knuth, TAOCP 4.2.2).
+        let (a, b, r) = (a.native(), b.native(), r.native());
+        let t = r - a;
+        F::from_native((a - (r - t)) + (b - t)).is_zero()
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        let (a, b) = (a.operand(env), b.operand(env));
+        arith::add(env, a, b)
+    }
 }
 
-/// The square root of `a`.
+impl Operation for Sub {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        F::from_native(a.native() - b.native())
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        Add::sure(a, b, r)
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        let (a, b, r) = (a.native(), b.native(), r.native());
+        let t = a - r;
+        F::from_native((a - (r + t)) - (b - t)).is_zero()
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        let (a, b) = (a.operand(env), b.operand(env));
+        arith::sub(env, a, b)
+    }
+}
+
+impl Operation for Mul {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        F::from_native(a.native() * b.native())
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        let zero = (a.is_zero() | b.is_zero()) & r.is_zero();
+        no_denormal(a) & no_denormal(b) & (ordinary(r) | zero)
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        // The product of two p-bit integers has 2p - 1 bits, or one more when the exponent of the result says so.
+        let excess = F::PRECISION as i32 - 1 + r.exponent() + F::EMAX - a.exponent() - b.exponent();
+        r.is_zero() || (trailing(a) + trailing(b)) as i32 >= excess
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        let (a, b) = (a.operand(env), b.operand(env));
+        arith::mul(env, a, b)
+    }
+}
+
+impl Operation for Div {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        F::from_native(a.native() / b.native())
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        let zero = a.is_zero() & r.is_zero();
+        no_denormal(a) & no_denormal(b) & (ordinary(r) | zero)
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        r.is_zero() || is_product(a, r, b)
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        let (a, b) = (a.operand(env), b.operand(env));
+        arith::div(env, a, b)
+    }
+}
+
+impl Operation for Sqrt {
+    #[inline(always)]
+    fn host<F: HostFloat>(_: F, b: F) -> F {
+        F::from_native(F::native_sqrt(b.native()))
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(_: F, b: F, r: F) -> bool {
+        no_denormal(b) & (ordinary(r) | r.is_zero())
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(_: F, b: F, r: F) -> bool {
+        r.is_zero() || is_product(b, r, r)
+    }
+    fn soft<F: HostFloat>(env: &mut Env, _: F, b: F) -> F {
+        arith::sqrt(env, b)
+    }
+}
+
+impl Operation for Min {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        if a.native() < b.native() { a } else { b }
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, _: F) -> bool {
+        // A number equals itself.
+        #[allow(clippy::eq_op, reason = "NaNs are what it finds")]
+        let ordered = (a.native() == a.native()) & (b.native() == b.native());
+        no_denormal(a) & no_denormal(b) & ordered
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(_: F, _: F, _: F) -> bool {
+        true
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        select(env, a, b, Ordering::Less)
+    }
+}
+
+impl Operation for Max {
+    #[inline(always)]
+    fn host<F: HostFloat>(a: F, b: F) -> F {
+        if a.native() > b.native() { a } else { b }
+    }
+    #[inline(always)]
+    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+        Min::sure(a, b, r)
+    }
+    #[inline(always)]
+    fn exact<F: HostFloat>(_: F, _: F, _: F) -> bool {
+        true
+    }
+    fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+        select(env, a, b, Ordering::Greater)
+    }
+}
+
+/// `a` if it compares as `first` with `b`, else `b`. DAZ makes a zero of a denormal that is handed through.
+fn select<F: HostFloat>(env: &mut Env, a: F, b: F, first: Ordering) -> F {
+    let chosen = if compare(env, a, b, true) == Some(first) {
+        a
+    } else {
+        b
+    };
+    if env.control & DAZ != 0 && !no_denormal(chosen) {
+        F::zero(chosen.to_parts().0)
+    } else {
+        chosen
+    }
+}
+
+/// One lane of an operation.
 #[inline(always)]
-pub(crate) fn sqrt<F: HostFloat>(env: &mut Env, a: F) -> F {
-    if usable(env) && no_denormal(a) {
-        let result = F::from_native(F::native_sqrt(a.native()));
-        if ordinary(result) && (sticky(env) || is_product(a, result, result)) {
+pub(crate) fn apply<O: Operation, F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
+    if usable(env) {
+        let result = O::host(a, b);
+        if O::sure(a, b, result) && (sticky(env) || O::exact(a, b, result)) {
             return result;
         }
     }
-    arith::sqrt(env, a)
+    O::soft(env, a, b)
+}
+
+/// All lanes of an operation: together when PE is sticky and every lane allows it, else one by one.
+#[inline(always)]
+pub(crate) fn apply_all<O: Operation, F: HostFloat, const N: usize>(
+    env: &mut Env,
+    a: [F; N],
+    b: [F; N],
+) -> [F; N] {
+    if usable(env) && sticky(env) {
+        let result: [F; N] = core::array::from_fn(|i| O::host(a[i], b[i]));
+        if (0..N).fold(true, |sure, i| sure & O::sure(a[i], b[i], result[i])) {
+            return result;
+        }
+    }
+    core::array::from_fn(|i| apply::<O, F>(env, a[i], b[i]))
 }
 
 /// The order of `a` and `b`; flags as in [`soft::compare`].
@@ -259,35 +389,6 @@ pub(crate) fn compare<F: HostFloat>(
     }
     let (a, b) = (a.operand(env), b.operand(env));
     soft::compare(env, &a, &b, signaling)
-}
-
-/// MINSS and its family: the second operand unless the first is less. A NaN of any kind raises IE and gives the second
-/// operand as it is.
-#[inline(always)]
-pub(crate) fn min<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    match compare(env, a, b, true) {
-        Some(Ordering::Less) => flushed(env, a),
-        _ => flushed(env, b),
-    }
-}
-
-/// MAXSS and its family: the second operand unless the first is greater; NaNs as in [`min`].
-#[inline(always)]
-pub(crate) fn max<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    match compare(env, a, b, true) {
-        Some(Ordering::Greater) => flushed(env, a),
-        _ => flushed(env, b),
-    }
-}
-
-/// An operand handed through: DAZ makes a zero of a denormal.
-#[inline(always)]
-fn flushed<F: HostFloat>(env: &Env, a: F) -> F {
-    if env.control & DAZ != 0 && !no_denormal(a) {
-        F::zero(a.to_parts().0)
-    } else {
-        a
-    }
 }
 
 /// CVTSI2SD and the like.

@@ -209,20 +209,20 @@ fn predicate(order: Option<Ordering>, imm: u8) -> bool {
 }
 
 check_sse! {
-    addss, "addss xmm0, xmm1", F32, u32, |env, a, b| host::add(env, a, b).0;
-    subss, "subss xmm0, xmm1", F32, u32, |env, a, b| host::sub(env, a, b).0;
-    mulss, "mulss xmm0, xmm1", F32, u32, |env, a, b| host::mul(env, a, b).0;
-    divss, "divss xmm0, xmm1", F32, u32, |env, a, b| host::div(env, a, b).0;
-    sqrtss, "sqrtss xmm0, xmm1", F32, u32, |env, a, b| { let _ = a; host::sqrt(env, b).0 };
-    minss, "minss xmm0, xmm1", F32, u32, |env, a, b| host::min(env, a, b).0;
-    maxss, "maxss xmm0, xmm1", F32, u32, |env, a, b| host::max(env, a, b).0;
-    addsd, "addsd xmm0, xmm1", F64, u64, |env, a, b| host::add(env, a, b).0;
-    subsd, "subsd xmm0, xmm1", F64, u64, |env, a, b| host::sub(env, a, b).0;
-    mulsd, "mulsd xmm0, xmm1", F64, u64, |env, a, b| host::mul(env, a, b).0;
-    divsd, "divsd xmm0, xmm1", F64, u64, |env, a, b| host::div(env, a, b).0;
-    sqrtsd, "sqrtsd xmm0, xmm1", F64, u64, |env, a, b| { let _ = a; host::sqrt(env, b).0 };
-    minsd, "minsd xmm0, xmm1", F64, u64, |env, a, b| host::min(env, a, b).0;
-    maxsd, "maxsd xmm0, xmm1", F64, u64, |env, a, b| host::max(env, a, b).0;
+    addss, "addss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Add, _>(env, a, b).0;
+    subss, "subss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Sub, _>(env, a, b).0;
+    mulss, "mulss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Mul, _>(env, a, b).0;
+    divss, "divss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Div, _>(env, a, b).0;
+    sqrtss, "sqrtss xmm0, xmm1", F32, u32, |env, a, b| { let _ = a; host::apply::<host::Sqrt, _>(env, b, b).0 };
+    minss, "minss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Min, _>(env, a, b).0;
+    maxss, "maxss xmm0, xmm1", F32, u32, |env, a, b| host::apply::<host::Max, _>(env, a, b).0;
+    addsd, "addsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Add, _>(env, a, b).0;
+    subsd, "subsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Sub, _>(env, a, b).0;
+    mulsd, "mulsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Mul, _>(env, a, b).0;
+    divsd, "divsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Div, _>(env, a, b).0;
+    sqrtsd, "sqrtsd xmm0, xmm1", F64, u64, |env, a, b| { let _ = a; host::apply::<host::Sqrt, _>(env, b, b).0 };
+    minsd, "minsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Min, _>(env, a, b).0;
+    maxsd, "maxsd xmm0, xmm1", F64, u64, |env, a, b| host::apply::<host::Max, _>(env, a, b).0;
     soft_addss, "addss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::add, a, b).0;
     soft_subss, "subss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::sub, a, b).0;
     soft_mulss, "mulss xmm0, xmm1", F32, u32, |env, a, b| soft(env, arith::mul, a, b).0;

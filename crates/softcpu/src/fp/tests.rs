@@ -38,38 +38,54 @@ fn sse_flags_follow_the_priorities_of_the_manual() {
     let (quiet, signaling) = (F64(0x7ff8 << 48 | 5), F64(0x7ff0 << 48 | 7));
     // A signalling NaN in front, made quiet; a quiet NaN hides a denormal; a zero divisor hides it too.
     assert_eq!(
-        sse(MASKED, |e| host::add(e, signaling, quiet)),
+        sse(MASKED, |e| host::apply::<host::Add, _>(e, signaling, quiet)),
         (0x7ff8 << 48 | 7, IE)
     );
     assert_eq!(
-        sse(MASKED, |e| host::add(e, quiet, signaling)),
+        sse(MASKED, |e| host::apply::<host::Add, _>(e, quiet, signaling)),
         (quiet.0, IE)
     );
-    assert_eq!(sse(MASKED, |e| host::mul(e, quiet, denormal)), (quiet.0, 0));
     assert_eq!(
-        sse(MASKED, |e| host::div(e, denormal, zero)),
+        sse(MASKED, |e| host::apply::<host::Mul, _>(e, quiet, denormal)),
+        (quiet.0, 0)
+    );
+    assert_eq!(
+        sse(MASKED, |e| host::apply::<host::Div, _>(e, denormal, zero)),
         (0x7ff0 << 48, ZE)
     );
     assert_eq!(
-        sse(MASKED, |e| host::div(e, zero, zero)),
+        sse(MASKED, |e| host::apply::<host::Div, _>(e, zero, zero)),
         (F64::INDEFINITE.0, IE)
     );
     assert_eq!(
-        sse(MASKED, |e| host::sqrt(e, F64(1 << 63 | 1))),
+        sse(MASKED, |e| host::apply::<host::Sqrt, _>(
+            e,
+            f64_of(0.0),
+            F64(1 << 63 | 1)
+        )),
         (F64::INDEFINITE.0, IE)
     );
     assert_eq!(
-        sse(MASKED, |e| host::add(e, one, denormal)),
+        sse(MASKED, |e| host::apply::<host::Add, _>(e, one, denormal)),
         (one.0, DE | PE)
     );
     assert_eq!(
-        sse(MASKED | DAZ, |e| host::add(e, one, denormal)),
+        sse(MASKED | DAZ, |e| host::apply::<host::Add, _>(
+            e, one, denormal
+        )),
         (one.0, 0)
     );
     // MINSD hands its second operand through for any NaN and for equal zeros.
-    assert_eq!(sse(MASKED, |e| host::min(e, one, quiet)), (quiet.0, IE));
     assert_eq!(
-        sse(MASKED, |e| host::max(e, zero, F64(1 << 63))),
+        sse(MASKED, |e| host::apply::<host::Min, _>(e, one, quiet)),
+        (quiet.0, IE)
+    );
+    assert_eq!(
+        sse(MASKED, |e| host::apply::<host::Max, _>(
+            e,
+            zero,
+            F64(1 << 63)
+        )),
         (1 << 63, 0)
     );
 }
@@ -89,17 +105,32 @@ fn exact_results_leave_the_inexact_flag_alone() {
         let mut fast = Env::sse(MASKED);
         let mut slow = Env::sse(MASKED);
         let (ua, ub) = (a.operand(&slow), b.operand(&slow));
-        assert_eq!(host::add(&mut fast, a, b), arith::add(&mut slow, ua, ub));
-        assert_eq!(host::sub(&mut fast, a, b), arith::sub(&mut slow, ua, ub));
+        assert_eq!(
+            host::apply::<host::Add, _>(&mut fast, a, b),
+            arith::add(&mut slow, ua, ub)
+        );
+        assert_eq!(
+            host::apply::<host::Sub, _>(&mut fast, a, b),
+            arith::sub(&mut slow, ua, ub)
+        );
         assert_eq!(fast.raised, slow.raised, "{x} +- {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(host::mul(&mut fast, a, b), arith::mul(&mut slow, ua, ub));
+        assert_eq!(
+            host::apply::<host::Mul, _>(&mut fast, a, b),
+            arith::mul(&mut slow, ua, ub)
+        );
         assert_eq!(fast.raised, slow.raised, "{x} * {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(host::div(&mut fast, a, b), arith::div(&mut slow, ua, ub));
+        assert_eq!(
+            host::apply::<host::Div, _>(&mut fast, a, b),
+            arith::div(&mut slow, ua, ub)
+        );
         assert_eq!(fast.raised, slow.raised, "{x} / {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(host::sqrt(&mut fast, a), arith::sqrt(&mut slow, a));
+        assert_eq!(
+            host::apply::<host::Sqrt, _>(&mut fast, a, a),
+            arith::sqrt(&mut slow, a)
+        );
         assert_eq!(fast.raised, slow.raised, "sqrt {x}");
     }
 }
@@ -110,30 +141,40 @@ fn tiny_is_decided_after_rounding() {
     // (2 - 2^-52) * 2^-1023 rounds to the smallest normal number, but not with an unbounded exponent.
     let below = f64_of(0.5 * (2.0 - f64::EPSILON));
     assert_eq!(
-        sse(MASKED, |e| host::mul(e, smallest, below)),
+        sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, below)),
         (smallest.0, UE | PE)
     );
     assert_eq!(
-        sse(MASKED | FTZ, |e| host::mul(e, smallest, below)),
+        sse(MASKED | FTZ, |e| host::apply::<host::Mul, _>(
+            e, smallest, below
+        )),
         (0, UE | PE)
     );
     // Exact denormals underflow only when that is unmasked.
     let half = f64_of(0.5);
-    assert_eq!(sse(MASKED, |e| host::mul(e, smallest, half)), (1 << 51, 0));
     assert_eq!(
-        sse(MASKED & !(UE << MASK_SHIFT), |e| host::mul(
-            e, smallest, half
-        ))
+        sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, half)),
+        (1 << 51, 0)
+    );
+    assert_eq!(
+        sse(
+            MASKED & !(UE << MASK_SHIFT),
+            |e| host::apply::<host::Mul, _>(e, smallest, half)
+        )
         .1,
         UE
     );
     // Upwards, the largest number below is not tiny any more when the rounding reaches it.
     assert_eq!(
-        sse(MASKED | RC_UP, |e| host::mul(e, smallest, below)),
+        sse(MASKED | RC_UP, |e| host::apply::<host::Mul, _>(
+            e, smallest, below
+        )),
         (smallest.0, UE | PE)
     );
     assert_eq!(
-        sse(MASKED | RC_DOWN, |e| host::mul(e, smallest, below)),
+        sse(MASKED | RC_DOWN, |e| host::apply::<host::Mul, _>(
+            e, smallest, below
+        )),
         (smallest.0 - 1, UE | PE)
     );
 }
@@ -142,14 +183,14 @@ fn tiny_is_decided_after_rounding() {
 fn unmasked_sse_exceptions_are_reported_before_what_follows() {
     let unmasked = |flag: u32| MASKED & !(flag << MASK_SHIFT);
     let mut env = Env::sse(unmasked(DE));
-    host::add(&mut env, f64_of(1.0), F64(1));
+    host::apply::<host::Add, _>(&mut env, f64_of(1.0), F64(1));
     assert_eq!(
         (env.raised, env.unmasked()),
         (DE, DE),
         "nothing is computed, so nothing is inexact"
     );
     let mut env = Env::sse(unmasked(OE));
-    host::mul(&mut env, f64_of(1e300), f64_of(1e300));
+    host::apply::<host::Mul, _>(&mut env, f64_of(1e300), f64_of(1e300));
     assert_eq!((env.raised, env.unmasked()), (OE | PE, OE));
 }
 

@@ -152,7 +152,7 @@ impl Wide {
         Wide {
             sign: false,
             exp: -(shift as i32),
-            sig: quotient << shift | (rest << shift) / n,
+            sig: (quotient << shift) | ((rest << shift) / n),
         }
     }
 }
