@@ -95,9 +95,24 @@ fn stale(_: &mut Core, _: &Op) -> Exec {
 
 impl Cache {
     pub(crate) fn new() -> Self {
-        let jumps = vec![Jump { rip: 0, tag: 0, block: 0 }; JUMPS].into_boxed_slice();
-        let Ok(jumps) = jumps.try_into() else { unreachable!("the length is right") };
-        Cache { blocks: Vec::new(), by_key: Map::default(), by_page: Map::default(), jumps }
+        let jumps = vec![
+            Jump {
+                rip: 0,
+                tag: 0,
+                block: 0
+            };
+            JUMPS
+        ]
+        .into_boxed_slice();
+        let Ok(jumps) = jumps.try_into() else {
+            unreachable!("the length is right")
+        };
+        Cache {
+            blocks: Vec::new(),
+            by_key: Map::default(),
+            by_page: Map::default(),
+            jumps,
+        }
     }
 
     /// The block at `rip` in the current mode, decoded if need be. Raises what fetching raises.
@@ -116,7 +131,11 @@ impl Cache {
     pub(crate) fn find_slow(&mut self, core: &mut Core, rip: u64) -> Exec<u32> {
         let lin = code_address(core, rip)?;
         let gpa = core.fetch_address(lin)?;
-        let key = Key { gpa, rip, mode: core.mode };
+        let key = Key {
+            gpa,
+            rip,
+            mode: core.mode,
+        };
         let block = match self.by_key.get(&key) {
             Some(&block) => block,
             None => self.build(core, key)?,
@@ -132,7 +151,9 @@ impl Cache {
             core.bump_links();
         }
         let layout = core.layout.clone();
-        let Some(region) = layout.find(key.gpa) else { return core.trap(Trap::StepAlone) };
+        let Some(region) = layout.find(key.gpa) else {
+            return core.trap(Trap::StepAlone);
+        };
         let mut bytes = [0; MAX_BYTES];
         let (decoded, len) = loop {
             let n = core.code_bytes(region, key.gpa, &mut bytes);
@@ -173,23 +194,36 @@ impl Cache {
         let end = gpa.saturating_add(len);
         let pages = (end.saturating_sub(1) >> 12) - (gpa >> 12) + 1;
         if pages > self.by_page.len() as u64 {
-            let hit: Vec<u64> = self.by_page.keys().copied().filter(|page| page << 12 < end && (page + 1) << 12 > gpa).collect();
-            hit.into_iter().for_each(|page| self.invalidate_page(page, gpa, end));
+            let hit: Vec<u64> = self
+                .by_page
+                .keys()
+                .copied()
+                .filter(|page| page << 12 < end && (page + 1) << 12 > gpa)
+                .collect();
+            hit.into_iter()
+                .for_each(|page| self.invalidate_page(page, gpa, end));
         } else {
-            (gpa >> 12..=end.saturating_sub(1) >> 12).for_each(|page| self.invalidate_page(page, gpa, end));
+            (gpa >> 12..=end.saturating_sub(1) >> 12)
+                .for_each(|page| self.invalidate_page(page, gpa, end));
         }
     }
 
     fn invalidate_page(&mut self, page: u64, gpa: u64, end: u64) {
-        let Some(ids) = self.by_page.get_mut(&page) else { return };
+        let Some(ids) = self.by_page.get_mut(&page) else {
+            return;
+        };
         let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
         ids.retain(|&id| {
             let block = &mut blocks[id as usize];
             // Marks are per granule, so what shares a granule with the write must go too: its mark is gone.
-            let hit = block.key.gpa < (end + 63) & !63 && block.key.gpa + u64::from(block.len) > gpa & !63;
+            let hit = block.key.gpa < (end + 63) & !63
+                && block.key.gpa + u64::from(block.len) > gpa & !63;
             if hit {
                 by_key.remove(&block.key);
-                block.ops = Box::new([Op { f: stale, ..Op::nothing(stale) }]);
+                block.ops = Box::new([Op {
+                    f: stale,
+                    ..Op::nothing(stale)
+                }]);
                 block.count = 0;
                 block.links = [Link::default(); 2];
             }
@@ -205,7 +239,11 @@ impl Cache {
         self.blocks.clear();
         self.by_key.clear();
         self.by_page.clear();
-        self.jumps.fill(Jump { rip: 0, tag: 0, block: 0 });
+        self.jumps.fill(Jump {
+            rip: 0,
+            tag: 0,
+            block: 0,
+        });
     }
 }
 

@@ -39,7 +39,10 @@ pub struct Config {
 impl Default for Config {
     /// A TSC of 1 GHz that starts now.
     fn default() -> Self {
-        Config { tsc: TscMode::Host(1_000_000_000), start: Instant::now() }
+        Config {
+            tsc: TscMode::Host(1_000_000_000),
+            start: Instant::now(),
+        }
     }
 }
 
@@ -71,6 +74,8 @@ pub struct Cpu {
     pub(crate) core: Core,
     pub(crate) cache: Cache,
     window: bool,
+    /// The bus is to be asked for an interrupt.
+    poll: bool,
 }
 
 impl fmt::Debug for Cpu {
@@ -122,7 +127,12 @@ impl Cpu {
         };
         core.sync_all();
         core.sync_epoch();
-        Cpu { core, cache: Cache::new(), window: false }
+        Cpu {
+            core,
+            cache: Cache::new(),
+            window: false,
+            poll: true,
+        }
     }
 
     /// A CPU for [`Cpu::emulate_one`] only: nothing is served, every device access is answered by the caller.
@@ -153,6 +163,7 @@ impl Cpu {
     }
 
     fn run_to(&mut self, end: u64) -> Exit {
+        self.poll = true;
         if let Some(access) = self.core.replay.pending {
             if !access.write {
                 return access.exit();
@@ -161,7 +172,10 @@ impl Cpu {
             self.core.replay.answer(&[]);
         }
         loop {
-            if self.core.remote.wake.load(Ordering::Relaxed) && self.attend() && !self.core.replay.resume {
+            if self.core.remote.wake.load(Ordering::Relaxed)
+                && self.attend()
+                && !self.core.replay.resume
+            {
                 return Exit::Kicked;
             }
             let pause = if self.core.st.events.shutdown {
@@ -194,13 +208,19 @@ impl Cpu {
 
     /// Takes in what other threads asked for. Answers whether the owner kicked.
     fn attend(&mut self) -> bool {
+        self.poll = true;
         let remote = self.core.remote.clone();
         // Acquire: what was done before the wake is visible.
         remote.wake.swap(false, Ordering::AcqRel);
         if self.core.ram.epoch() != remote.seen.load(Ordering::SeqCst) {
             self.core.sync_epoch();
         }
-        let stale = std::mem::take(&mut *remote.stale.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let stale = std::mem::take(
+            &mut *remote
+                .stale
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
         for (gpa, len) in stale {
             self.cache.invalidate(gpa, len);
         }
@@ -237,18 +257,28 @@ impl Cpu {
             return Some(self.deliver(crate::interrupt::Source::External(vector)));
         }
         let open = core.st.rflags & rflags::IF != 0 && !shadow;
-        let tsc = core.tsc();
-        if core.bus.interrupt_pending(tsc) && open {
-            if let Some(vector) = core.bus.acknowledge() {
+        // The bus is asked when its answer may be another than last time, not after each jump of the guest.
+        if open && (self.poll || core.st.events.halted) {
+            let tsc = core.tsc();
+            self.poll = core.bus.interrupt_pending(tsc);
+            if self.poll
+                && let Some(vector) = core.bus.acknowledge()
+            {
                 core.st.events.halted = false;
                 return Some(self.deliver(crate::interrupt::Source::External(vector)));
             }
+        } else if !open {
+            self.poll = true;
         }
         if self.window && open {
             self.window = false;
             return Some(Pause::Exit(Exit::InterruptWindow));
         }
-        self.core.st.events.halted.then_some(Pause::Exit(Exit::Halted))
+        self.core
+            .st
+            .events
+            .halted
+            .then_some(Pause::Exit(Exit::Halted))
     }
 
     fn deliver(&mut self, source: crate::interrupt::Source) -> Pause {
@@ -263,10 +293,10 @@ impl Cpu {
         if core.debug.software_breakpoints && exception == Exception::Bp {
             return Pause::Exit(Exit::Debug { vector: 3, dr6: 0 });
         }
-        if let Exception::Db(dr6) = exception {
-            if core.debug.hardware_breakpoints || core.debug.single_step {
-                return Pause::Exit(Exit::Debug { vector: 1, dr6 });
-            }
+        if let Exception::Db(dr6) = exception
+            && (core.debug.hardware_breakpoints || core.debug.single_step)
+        {
+            return Pause::Exit(Exit::Debug { vector: 1, dr6 });
         }
         self.deliver(crate::interrupt::Source::Exception(exception))
     }
@@ -274,12 +304,17 @@ impl Cpu {
     /// Runs blocks until one of them needs more than that.
     fn blocks(&mut self) -> Pause {
         let core = &mut self.core;
-        let Ok(mut id) = self.cache.find(core, core.st.rip) else { return self.trapped() };
+        let Ok(mut id) = self.cache.find(core, core.st.rip) else {
+            return self.trapped();
+        };
         loop {
-            let Some(block) = self.cache.blocks.get(id as usize) else { return Pause::Look };
+            let Some(block) = self.cache.blocks.get(id as usize) else {
+                return Pause::Look;
+            };
             core.block_rip = block.rip;
             if core.icount >= core.limit || core.remote.wake.load(Ordering::Relaxed) {
                 core.st.rip = block.rip;
+                self.poll = true;
                 return Pause::Look;
             }
             core.icount += u64::from(block.count);
@@ -304,12 +339,22 @@ impl Cpu {
                 _ => {
                     // How many instructions of the block were not begun, and where the last one is.
                     let done = block.ops.len() - left.len();
-                    let (off, len) = block.ops.get(done - 1).map_or((0, 0), |op| (op.off, op.len));
-                    core.icount = core.icount.wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
-                    let stack = block.ops.get(done - 1).is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);
+                    let (off, len) = block
+                        .ops
+                        .get(done - 1)
+                        .map_or((0, 0), |op| (op.off, op.len));
+                    core.icount = core
+                        .icount
+                        .wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
+                    let stack = block
+                        .ops
+                        .get(done - 1)
+                        .is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);
                     let rip = core.block_rip.wrapping_add(u64::from(off));
                     match leave {
-                        Leave::Next => core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(len))),
+                        Leave::Next => {
+                            core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(len)))
+                        }
                         Leave::Jump => {}
                         Leave::Stale => {
                             core.st.rip = core.block_rip;
@@ -322,6 +367,7 @@ impl Cpu {
                         _ => {
                             core.st.rip = rip;
                             if leave == Leave::Again {
+                                self.poll = true;
                                 return Pause::Look;
                             }
                             core.resolve_canonical(stack);
@@ -344,10 +390,13 @@ impl Cpu {
                 Err(_) => return self.trapped(),
             }
             // Decoding the next block may have dropped all blocks; then the generation is another.
-            if core.links == generation {
-                if let Some(block) = self.cache.blocks.get_mut(from as usize) {
-                    block.links[which] = Link { block: id, generation };
-                }
+            if core.links == generation
+                && let Some(block) = self.cache.blocks.get_mut(from as usize)
+            {
+                block.links[which] = Link {
+                    block: id,
+                    generation,
+                };
             }
         }
     }
@@ -378,13 +427,15 @@ impl Cpu {
     fn step(&mut self) -> Pause {
         let core = &mut self.core;
         let rip = core.st.rip;
-        if !core.replay.resume {
-            if let Some(dr6) = core.code_breakpoint(rip) {
-                return self.deliver_exception(Exception::Db(dr6));
-            }
+        if !core.replay.resume
+            && let Some(dr6) = core.code_breakpoint(rip)
+        {
+            return self.deliver_exception(Exception::Db(dr6));
         }
         let mut bytes = [0; 15];
-        let Ok(n) = self.fetch(rip, &mut bytes) else { return self.trapped() };
+        let Ok(n) = self.fetch(rip, &mut bytes) else {
+            return self.trapped();
+        };
         self.step_bytes(&bytes[..n], true)
     }
 
@@ -420,6 +471,7 @@ impl Cpu {
 
     /// Runs the instruction in `bytes` alone. With `deliver`, exceptions go to the guest.
     fn step_bytes(&mut self, bytes: &[u8], deliver: bool) -> Pause {
+        self.poll = true;
         let core = &mut self.core;
         let rip = core.st.rip;
         let Some((op, targets)) = decode::one(core, rip, bytes) else {
@@ -441,7 +493,9 @@ impl Cpu {
         if !core.code_writes.is_empty() {
             let writes = std::mem::take(&mut core.code_writes);
             let (ram, layout) = (core.ram.clone(), core.layout.clone());
-            writes.into_iter().for_each(|(gpa, len)| ram.code_written(&layout, gpa, len));
+            writes
+                .into_iter()
+                .for_each(|(gpa, len)| ram.code_written(&layout, gpa, len));
         }
         let next = core.wrap_rip(rip.wrapping_add(u64::from(op.len)));
         let mut exit = None;
@@ -484,7 +538,9 @@ impl Cpu {
             core.st.rflags &= !rflags::RF;
         }
         let mut dr6 = core.watch_hits;
-        if trap_flag && core.st.rflags & rflags::TF != 0 || trap_flag && !matches!(leave, Err(Leave::Jump)) || core.debug.single_step {
+        if trap_flag && (core.st.rflags & rflags::TF != 0 || !matches!(leave, Err(Leave::Jump)))
+            || core.debug.single_step
+        {
             dr6 |= 1 << 14;
         }
         if dr6 != 0 && !shadow && exit.is_none() && deliver {
@@ -534,7 +590,8 @@ impl Cpu {
     /// Answers the read of the last exit. `false` if there is none or the length is wrong.
     #[must_use = "an answer that was not taken leaves the read pending"]
     pub fn complete_read(&mut self, data: &[u8]) -> bool {
-        self.core.replay.pending.is_some_and(|access| !access.write) && self.core.replay.answer(data)
+        self.core.replay.pending.is_some_and(|access| !access.write)
+            && self.core.replay.answer(data)
     }
 
     /// Whether an access or the rest of an instruction is outstanding.
@@ -567,7 +624,10 @@ impl Cpu {
     #[must_use]
     pub fn can_take_interrupt(&self) -> bool {
         let st = &self.core.st;
-        st.rflags & rflags::IF != 0 && !st.events.sti_shadow && !st.events.mov_ss_shadow && st.events.interrupt.is_none()
+        st.rflags & rflags::IF != 0
+            && !st.events.sti_shadow
+            && !st.events.mov_ss_shadow
+            && st.events.interrupt.is_none()
     }
 
     /// Puts an external interrupt into delivery: it comes before the next instruction, so ask [`Cpu::can_take_interrupt`] first.
@@ -677,7 +737,10 @@ impl Cpu {
 
     /// Translates a linear address as a read with supervisor rights would, accessed bits set; `None` where that faults.
     pub fn translate(&mut self, lin: u64) -> Option<u64> {
-        self.core.walk(lin, crate::mmu::Access::Read, Set::Supervisor).ok().map(|walk| walk.gpa)
+        self.core
+            .walk(lin, crate::mmu::Access::Read, Set::Supervisor)
+            .ok()
+            .map(|walk| walk.gpa)
     }
 }
 
@@ -696,7 +759,10 @@ impl Core {
     /// RIP behind an instruction of the current block.
     #[inline]
     pub(crate) fn next_rip(&self, op: &Op) -> u64 {
-        self.wrap_rip(self.block_rip.wrapping_add(u64::from(op.off) + u64::from(op.len)))
+        self.wrap_rip(
+            self.block_rip
+                .wrapping_add(u64::from(op.off) + u64::from(op.len)),
+        )
     }
 
     /// Cuts an instruction pointer to the size of the code segment.
@@ -714,7 +780,11 @@ impl Core {
     /// Makes an exception of an address that is not canonical.
     fn resolve_canonical(&mut self, stack: bool) {
         if matches!(self.trap, Trap::NonCanonical(_)) {
-            self.trap = Trap::Exception(if stack { Exception::Ss(0) } else { Exception::Gp(0) });
+            self.trap = Trap::Exception(if stack {
+                Exception::Ss(0)
+            } else {
+                Exception::Gp(0)
+            });
         }
     }
 }

@@ -40,8 +40,20 @@ mod leaf1c {
     pub(super) const OSXSAVE: u32 = 1 << 27;
     pub(super) const RDRAND: u32 = 1 << 30;
     pub(super) const HYPERVISOR: u32 = 1 << 31;
-    pub(super) const ALL: u32 = SSE3 | PCLMULQDQ | SSSE3 | CX16 | SSE41 | SSE42 | X2APIC | MOVBE | POPCNT | TSC_DEADLINE | AES
-        | XSAVE | RDRAND | HYPERVISOR;
+    pub(super) const ALL: u32 = SSE3
+        | PCLMULQDQ
+        | SSSE3
+        | CX16
+        | SSE41
+        | SSE42
+        | X2APIC
+        | MOVBE
+        | POPCNT
+        | TSC_DEADLINE
+        | AES
+        | XSAVE
+        | RDRAND
+        | HYPERVISOR;
 }
 
 /// Feature bits of leaf 1, EDX: FPU, VME is not, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFSH, MMX,
@@ -59,8 +71,27 @@ mod leaf1d {
     pub(super) const FXSR: u32 = 1 << 24;
     pub(super) const SSE: u32 = 1 << 25;
     pub(super) const SSE2: u32 = 1 << 26;
-    pub(super) const ALL: u32 = FPU | 1 << 2 | 1 << 3 | TSC | MSR | 1 << 6 | 1 << 7 | CX8 | APIC | SEP | 1 << 12 | 1 << 13 | 1 << 14
-        | CMOV | 1 << 16 | 1 << 17 | CLFSH | MMX | FXSR | SSE | SSE2;
+    pub(super) const ALL: u32 = FPU
+        | 1 << 2
+        | 1 << 3
+        | TSC
+        | MSR
+        | 1 << 6
+        | 1 << 7
+        | CX8
+        | APIC
+        | SEP
+        | 1 << 12
+        | 1 << 13
+        | 1 << 14
+        | CMOV
+        | 1 << 16
+        | 1 << 17
+        | CLFSH
+        | MMX
+        | FXSR
+        | SSE
+        | SSE2;
 }
 
 /// Feature bits of leaf 7: EBX, ECX, EDX.
@@ -75,7 +106,8 @@ mod leaf7 {
     pub(super) const CLWB: u32 = 1 << 24;
     pub(super) const SHA: u32 = 1 << 29;
     /// FDP only changes on unmasked exceptions is not claimed; FCS and FDS are not deprecated.
-    pub(super) const EBX: u32 = FSGSBASE | TSC_ADJUST | SMEP | ERMS | RDSEED | SMAP | CLFLUSHOPT | CLWB | SHA;
+    pub(super) const EBX: u32 =
+        FSGSBASE | TSC_ADJUST | SMEP | ERMS | RDSEED | SMAP | CLFLUSHOPT | CLWB | SHA;
     pub(super) const UMIP: u32 = 1 << 2;
     pub(super) const RDPID: u32 = 1 << 22;
     pub(super) const ECX: u32 = UMIP | RDPID;
@@ -122,9 +154,6 @@ pub(crate) enum Feature {
     Rdtscp,
     LongMode,
     TscAdjust,
-    Rdpid,
-    Fxsr,
-    Sse,
 }
 
 impl Feature {
@@ -132,14 +161,11 @@ impl Feature {
     fn place(self) -> (usize, u32) {
         match self {
             Feature::Xsave => (0, leaf1c::XSAVE),
-            Feature::Fxsr => (1, leaf1d::FXSR),
-            Feature::Sse => (1, leaf1d::SSE),
             Feature::Fsgsbase => (2, leaf7::FSGSBASE),
             Feature::TscAdjust => (2, leaf7::TSC_ADJUST),
             Feature::Smep => (2, leaf7::SMEP),
             Feature::Smap => (2, leaf7::SMAP),
             Feature::Umip => (3, leaf7::UMIP),
-            Feature::Rdpid => (3, leaf7::RDPID),
             Feature::Syscall => (6, ext1::SYSCALL),
             Feature::Nx => (6, ext1::NX),
             Feature::Page1g => (6, ext1::PAGE1G),
@@ -151,19 +177,49 @@ impl Feature {
 
 /// Four registers of text.
 fn text(entry: &mut CpuidEntry, bytes: &[u8; 16]) {
-    let word = |i: usize| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]);
+    let word = |i: usize| {
+        u32::from_le_bytes([
+            bytes[4 * i],
+            bytes[4 * i + 1],
+            bytes[4 * i + 2],
+            bytes[4 * i + 3],
+        ])
+    };
     (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
 }
 
 /// Everything this CPU can do, for the CPU with APIC id `id`, with a TSC of `tsc_hz`.
 pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
-    let entry = |leaf, subleaf, eax, ebx, ecx, edx| CpuidEntry { leaf, subleaf, eax, ebx, ecx, edx };
-    let vendor = |leaf, eax| entry(leaf, 0, eax, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI"));
+    let entry = |leaf, subleaf, eax, ebx, ecx, edx| CpuidEntry {
+        leaf,
+        subleaf,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    };
+    let vendor = |leaf, eax| {
+        entry(
+            leaf,
+            0,
+            eax,
+            u32::from_le_bytes(*b"Genu"),
+            u32::from_le_bytes(*b"ntel"),
+            u32::from_le_bytes(*b"ineI"),
+        )
+    };
     let khz = (tsc_hz / 1000).min(u64::from(u32::MAX)) as u32;
     let mut entries = vec![
         vendor(0, 0x16),
         // Family 6, model 26, stepping 3: the oldest model with this instruction set (x86-64-v2).
-        entry(1, 0, 0x0001_06a3, (id & 0xff) << 24 | 1 << 16 | 8 << 8, leaf1c::ALL, leaf1d::ALL),
+        entry(
+            1,
+            0,
+            0x0001_06a3,
+            (id & 0xff) << 24 | 1 << 16 | 8 << 8,
+            leaf1c::ALL,
+            leaf1d::ALL,
+        ),
         // Cache and TLB: see leaf 4.
         entry(2, 0, 0x00ff_ff01, 0, 0, 0),
         // 32 KiB, 8 ways, 64 bytes: data, then instructions; 2 MiB second level.
@@ -197,7 +253,10 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
         let rest = &brand[(16 * i).min(brand.len())..];
         let n = rest.len().min(16);
         part[..n].copy_from_slice(&rest[..n]);
-        if let Some(entry) = entries.iter_mut().find(|e| e.leaf == 0x8000_0002 + i as u32) {
+        if let Some(entry) = entries
+            .iter_mut()
+            .find(|e| e.leaf == 0x8000_0002 + i as u32)
+        {
             text(entry, &part);
         }
     }
@@ -206,7 +265,10 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
 
 impl CpuidPolicy {
     pub(crate) fn new(id: u32, tsc_hz: u64) -> Self {
-        let mut policy = CpuidPolicy { entries: supported(id, tsc_hz), features: [0; 7] };
+        let mut policy = CpuidPolicy {
+            entries: supported(id, tsc_hz),
+            features: [0; 7],
+        };
         policy.index();
         policy
     }
@@ -215,7 +277,9 @@ impl CpuidPolicy {
         let one = self.lookup(1, 0);
         let seven = self.lookup(7, 0);
         let ext = self.lookup(0x8000_0001, 0);
-        self.features = [one.ecx, one.edx, seven.ebx, seven.ecx, seven.edx, ext.ecx, ext.edx];
+        self.features = [
+            one.ecx, one.edx, seven.ebx, seven.ecx, seven.edx, ext.ecx, ext.edx,
+        ];
     }
 
     /// Replaces the answers; bits of features that are not implemented are cleared.
@@ -263,7 +327,12 @@ impl CpuidPolicy {
             let indexed = matches!(leaf, 4 | 7 | 0xb | 0xd | 0x14 | 0x1f);
             of_leaf.find(|e| !indexed || e.subleaf == subleaf).copied()
         };
-        let top = |base: u32| self.entries.iter().find(|e| e.leaf == base).map_or(base, |e| e.eax);
+        let top = |base: u32| {
+            self.entries
+                .iter()
+                .find(|e| e.leaf == base)
+                .map_or(base, |e| e.eax)
+        };
         let beyond = if leaf >= 0x8000_0000 {
             leaf > top(0x8000_0000)
         } else if (0x4000_0000..0x5000_0000).contains(&leaf) {
@@ -276,7 +345,11 @@ impl CpuidPolicy {
         if leaf == 0xb && entry.leaf == 0 {
             // Past the last level: the subleaf is echoed, the x2APIC id stays.
             entry.ecx = subleaf & 0xff;
-            entry.edx = self.entries.iter().find(|e| e.leaf == 0xb).map_or(0, |e| e.edx);
+            entry.edx = self
+                .entries
+                .iter()
+                .find(|e| e.leaf == 0xb)
+                .map_or(0, |e| e.edx);
         }
         entry
     }
@@ -302,10 +375,31 @@ impl CpuidPolicy {
         insn.cpuid_features().iter().all(|feature| {
             use CpuidFeature as F;
             let (word, bit) = match feature {
-                F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::MULTIBYTENOP
-                | F::INTEL8086_ONLY | F::INTEL286_ONLY | F::CPUID | F::SMM | F::PAUSE | F::UDBG | F::CET_IBT
-                | F::CET_SS | F::PREFETCHW | F::MCOMMIT | F::SVM | F::VMX | F::HLE | F::RTM | F::RDPMC | F::SKINIT
-                | F::CLDEMOTE | F::MPX => return true,
+                F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::MULTIBYTENOP
+                | F::INTEL8086_ONLY
+                | F::INTEL286_ONLY
+                | F::CPUID
+                | F::SMM
+                | F::PAUSE
+                | F::UDBG
+                | F::CET_IBT
+                | F::CET_SS
+                | F::PREFETCHW
+                | F::MCOMMIT
+                | F::SVM
+                | F::VMX
+                | F::HLE
+                | F::RTM
+                | F::RDPMC
+                | F::SKINIT
+                | F::CLDEMOTE
+                | F::MPX => return true,
                 F::FPU | F::FPU287 | F::FPU387 | F::FPU287XL_ONLY => (1, leaf1d::FPU),
                 F::TSC => (1, leaf1d::TSC),
                 F::MSR => (1, leaf1d::MSR),

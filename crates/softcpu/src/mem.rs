@@ -7,7 +7,7 @@
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::core::{Core, Trap};
+use crate::core::Core;
 use crate::exception::Exception;
 use crate::exec::form::Word;
 use crate::exec::{AM_16, AM_32, AM_LONG, Exec, Op};
@@ -59,7 +59,12 @@ impl_mem!(u8 u16 u32 u64 u128);
 #[inline(always)]
 unsafe fn host_read<T: Mem>(host: usize) -> T {
     // SAFETY: the caller's promise; the address was exposed by `Ram::map`. Volatile, because other threads write it.
-    unsafe { with_exposed_provenance::<Unaligned<T>>(host).read_volatile().0.swap() }
+    unsafe {
+        with_exposed_provenance::<Unaligned<T>>(host)
+            .read_volatile()
+            .0
+            .swap()
+    }
 }
 
 /// Writes guest memory.
@@ -69,7 +74,9 @@ unsafe fn host_read<T: Mem>(host: usize) -> T {
 #[inline(always)]
 unsafe fn host_write<T: Mem>(host: usize, value: T) {
     // SAFETY: the caller's promise; see `host_read`.
-    unsafe { with_exposed_provenance_mut::<Unaligned<T>>(host).write_volatile(Unaligned(value.swap())) }
+    unsafe {
+        with_exposed_provenance_mut::<Unaligned<T>>(host).write_volatile(Unaligned(value.swap()))
+    }
 }
 
 impl Core {
@@ -207,7 +214,11 @@ impl Core {
     /// A linear address: 32 bits wide outside 64-bit mode.
     #[inline]
     pub(crate) fn wrap(&self, lin: u64) -> u64 {
-        if self.code64() || self.long_mode() && lin >> 32 == 0 { lin } else { lin & 0xffff_ffff }
+        if self.code64() || self.long_mode() && lin >> 32 == 0 {
+            lin
+        } else {
+            lin & 0xffff_ffff
+        }
     }
 
     /// Reads up to 4096 bytes; devices see accesses of at most eight.
@@ -215,7 +226,11 @@ impl Core {
         let (first, second) = self.split(lin, bytes.len());
         self.watch(lin, bytes.len() as u64, false);
         let places = [self.place(set, lin, first as u64, false)?, {
-            if first < bytes.len() { self.place(set, second, (bytes.len() - first) as u64, false)? } else { Place::None }
+            if first < bytes.len() {
+                self.place(set, second, (bytes.len() - first) as u64, false)?
+            } else {
+                Place::None
+            }
         }];
         let (low, high) = bytes.split_at_mut(first);
         for (place, part) in places.into_iter().zip([low, high]) {
@@ -244,7 +259,11 @@ impl Core {
         let (first, second) = self.split(lin, bytes.len());
         self.watch(lin, bytes.len() as u64, true);
         let places = [self.place(set, lin, first as u64, true)?, {
-            if first < bytes.len() { self.place(set, second, (bytes.len() - first) as u64, true)? } else { Place::None }
+            if first < bytes.len() {
+                self.place(set, second, (bytes.len() - first) as u64, true)?
+            } else {
+                Place::None
+            }
         }];
         let (low, high) = bytes.split_at(first);
         for (place, part) in places.into_iter().zip([low, high]) {
@@ -280,7 +299,13 @@ impl Core {
     /// Copies RAM to RAM, byte by byte in ascending order if the ranges overlap so.
     pub(crate) fn bulk_copy(&mut self, from: usize, to: usize, len: u64) {
         // SAFETY: both come from `bulk` in this very instruction with this length. `copy` allows overlap.
-        unsafe { std::ptr::copy(with_exposed_provenance::<u8>(from), with_exposed_provenance_mut::<u8>(to), len as usize) };
+        unsafe {
+            std::ptr::copy(
+                with_exposed_provenance::<u8>(from),
+                with_exposed_provenance_mut::<u8>(to),
+                len as usize,
+            )
+        };
     }
 
     /// Fills RAM with `count` copies of `value`.
@@ -315,14 +340,22 @@ impl Core {
     #[inline(always)]
     pub(crate) fn effective(&self, op: &Op) -> u64 {
         let offset = self.offset(op);
-        if op.am == 0 { offset } else { cut_offset(op, offset) }
+        if op.am == 0 {
+            offset
+        } else {
+            cut_offset(op, offset)
+        }
     }
 
     /// The linear address of the memory operand for an access of `len` bytes; segment checks included.
     #[inline(always)]
     pub(crate) fn linear(&mut self, op: &Op, len: u64, write: bool) -> Exec<u64> {
         let offset = self.offset(op);
-        if op.am == 0 { Ok(offset) } else { self.segmented(op, cut_offset(op, offset), len, write) }
+        if op.am == 0 {
+            Ok(offset)
+        } else {
+            self.segmented(op, cut_offset(op, offset), len, write)
+        }
     }
 
     /// As [`Core::linear`], for an offset computed elsewhere (string instructions).
@@ -330,14 +363,23 @@ impl Core {
     pub(crate) fn segmented(&mut self, op: &Op, offset: u64, len: u64, write: bool) -> Exec<u64> {
         let segment = usize::from(op.am & 7);
         if op.am & AM_LONG != 0 || op.am == 0 {
-            return Ok(self.st.segs[segment * usize::from(op.am != 0) + 6 * usize::from(op.am == 0)].base.wrapping_add(offset));
+            return Ok(self.st.segs
+                [segment * usize::from(op.am != 0) + 6 * usize::from(op.am == 0)]
+            .base
+            .wrapping_add(offset));
         }
         self.segment_address(segment, offset, len, write)
     }
 
     /// Checks limit and rights of a segment (SDM vol. 3A, 5.3 to 5.5) and answers the linear address.
     #[inline(never)]
-    pub(crate) fn segment_address(&mut self, segment: usize, offset: u64, len: u64, write: bool) -> Exec<u64> {
+    pub(crate) fn segment_address(
+        &mut self,
+        segment: usize,
+        offset: u64,
+        len: u64,
+        write: bool,
+    ) -> Exec<u64> {
         let s = &self.st.segs[segment];
         let last = offset.wrapping_add(len - 1);
         let in_limit = if s.kind() & 0xc == 4 && !s.unusable {
@@ -348,11 +390,20 @@ impl Core {
         };
         let allowed = !self.pe()
             || self.vm86()
-            || !s.unusable && if write { s.kind() & 0xa == 2 } else { s.kind() & 0xa != 8 };
+            || !s.unusable
+                && if write {
+                    s.kind() & 0xa == 2
+                } else {
+                    s.kind() & 0xa != 8
+                };
         if in_limit && allowed {
             return Ok(s.base.wrapping_add(offset) & 0xffff_ffff);
         }
-        self.raise(if segment == seg::SS { Exception::Ss(0) } else { Exception::Gp(0) })
+        self.raise(if segment == seg::SS {
+            Exception::Ss(0)
+        } else {
+            Exception::Gp(0)
+        })
     }
 
     /// Reads the memory operand.
@@ -428,7 +479,11 @@ impl Core {
     /// Reads, computes and writes back an integer at `lin`; answers the old value. Without `LOCK` it is a read and a write; the
     /// write's rights are checked before the read.
     #[inline(always)]
-    pub(crate) fn rmw<T: Word, const LOCK: bool>(&mut self, lin: u64, f: impl Fn(u64) -> u64) -> Exec<u64> {
+    pub(crate) fn rmw<T: Word, const LOCK: bool>(
+        &mut self,
+        lin: u64,
+        f: impl Fn(u64) -> u64,
+    ) -> Exec<u64> {
         let entry = self.tlb.entry(lin);
         if entry.write == self.tlb.tag(lin.wrapping_add(T::BYTES - 1)) {
             let host = entry.add.wrapping_add(lin as usize);
@@ -439,7 +494,11 @@ impl Core {
     }
 
     #[inline(never)]
-    fn rmw_slow<T: Word, const LOCK: bool>(&mut self, lin: u64, f: impl Fn(u64) -> u64) -> Exec<u64> {
+    fn rmw_slow<T: Word, const LOCK: bool>(
+        &mut self,
+        lin: u64,
+        f: impl Fn(u64) -> u64,
+    ) -> Exec<u64> {
         let set = self.set;
         if (lin & 0xfff) + T::BYTES <= 0x1000 {
             self.watch(lin, T::BYTES, true);
@@ -494,12 +553,6 @@ impl Core {
             self.watch_slow(lin, len, write);
         }
     }
-
-    /// #GP(0) or #SS(0) for an address that is not canonical, in 64-bit mode.
-    #[inline]
-    pub(crate) fn check_canonical(&mut self, lin: u64) -> Exec {
-        if canonical(lin) { Ok(()) } else { self.trap(Trap::NonCanonical(lin)) }
-    }
 }
 
 /// Whether bits 63 to 47 are all equal.
@@ -526,7 +579,11 @@ fn cut_offset(op: &Op, offset: u64) -> u64 {
 /// # Safety
 /// `host` is valid for reading and writing `T::BYTES` bytes.
 #[inline(always)]
-unsafe fn host_rmw<T: Word, const LOCK: bool>(split: &std::sync::Mutex<()>, host: usize, f: impl Fn(u64) -> u64) -> u64 {
+unsafe fn host_rmw<T: Word, const LOCK: bool>(
+    split: &std::sync::Mutex<()>,
+    host: usize,
+    f: impl Fn(u64) -> u64,
+) -> u64 {
     macro_rules! at {
         ($int:ty, $atomic:ty) => {{
             if LOCK && host % size_of::<$int>() == 0 {

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::core::{Core, Trap};
+use crate::cpuid::Feature;
 use crate::exception::Exception;
 use crate::exec::Exec;
 use crate::mem::canonical;
@@ -77,7 +78,10 @@ pub(crate) struct ItlbEntry {
 }
 
 impl ItlbEntry {
-    pub(crate) const EMPTY: ItlbEntry = ItlbEntry { key: u64::MAX, gpa: 0 };
+    pub(crate) const EMPTY: ItlbEntry = ItlbEntry {
+        key: u64::MAX,
+        gpa: 0,
+    };
 }
 
 /// Shape of a paging mode: levels from the top, each with the shift of its index.
@@ -88,14 +92,28 @@ struct Shape {
     wide: bool,
 }
 
-const LONG: Shape = Shape { shifts: &[39, 30, 21, 12], index_mask: 511, wide: true };
-const PAE: Shape = Shape { shifts: &[21, 12], index_mask: 511, wide: true };
-const LEGACY: Shape = Shape { shifts: &[22, 12], index_mask: 1023, wide: false };
+const LONG: Shape = Shape {
+    shifts: &[39, 30, 21, 12],
+    index_mask: 511,
+    wide: true,
+};
+const PAE: Shape = Shape {
+    shifts: &[21, 12],
+    index_mask: 511,
+    wide: true,
+};
+const LEGACY: Shape = Shape {
+    shifts: &[22, 12],
+    index_mask: 1023,
+    wide: false,
+};
 
 impl Core {
     /// An entry of a page table; outside RAM it reads as all ones.
     fn read_entry(&self, gpa: u64, wide: bool) -> u64 {
-        let Some(region) = self.layout.find(gpa) else { return u64::MAX };
+        let Some(region) = self.layout.find(gpa) else {
+            return u64::MAX;
+        };
         let host = region.host(gpa);
         if wide {
             // SAFETY: inside a region of the current layout, which lives as long as `self.layout`; entries are aligned.
@@ -114,18 +132,27 @@ impl Core {
             return true;
         }
         let layout = self.layout.clone();
-        let Some(region) = layout.find(gpa).filter(|r| r.writable) else { return true };
+        let Some(region) = layout.find(gpa).filter(|r| r.writable) else {
+            return true;
+        };
         let host = region.host(gpa);
         region.mark_dirty(gpa);
         let done = if wide {
             // SAFETY: as in `read_entry`, and the region is writable.
             let cell = unsafe { AtomicU64::from_ptr(std::ptr::with_exposed_provenance_mut(host)) };
-            cell.compare_exchange(old.to_le(), (old | bits).to_le(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            cell.compare_exchange(
+                old.to_le(),
+                (old | bits).to_le(),
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            )
+            .is_ok()
         } else {
             // SAFETY: as above.
             let cell = unsafe { AtomicU32::from_ptr(std::ptr::with_exposed_provenance_mut(host)) };
             let (old, new) = (old as u32, (old | bits) as u32);
-            cell.compare_exchange(old.to_le(), new.to_le(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            cell.compare_exchange(old.to_le(), new.to_le(), Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
         };
         if region.code_mask(gpa) & granules(gpa, 8) != 0 {
             self.ram.code_written(&layout, gpa, 8);
@@ -136,7 +163,12 @@ impl Core {
     /// Translates `lin` for an access, setting accessed and dirty bits; or the error code of the page fault.
     pub(crate) fn walk(&mut self, lin: u64, access: Access, set: Set) -> Result<Walk, u32> {
         if self.st.cr0 & cr0::PG == 0 {
-            return Ok(Walk { gpa: lin, write: true, global: false, large: None });
+            return Ok(Walk {
+                gpa: lin,
+                write: true,
+                global: false,
+                large: None,
+            });
         }
         loop {
             if let Some(result) = self.walk_once(lin, access, set) {
@@ -181,11 +213,12 @@ impl Core {
                 return Some(Err(error));
             }
             let leaf = shift == 12
-                || entry & pte::PS != 0 && match shift {
-                    21 | 30 => true,
-                    22 => cr4 & cr4::PSE != 0,
-                    _ => false,
-                };
+                || entry & pte::PS != 0
+                    && match shift {
+                        21 | 30 => true,
+                        22 => cr4 & cr4::PSE != 0,
+                        _ => false,
+                    };
             let mut reserved = 0;
             if shape.wide {
                 reserved |= ADDR_RESERVED;
@@ -196,7 +229,7 @@ impl Core {
                     // PAE: bits 62 to 52 are reserved too.
                     reserved |= 0x7ff0_0000_0000_0000;
                 }
-                if shift == 39 {
+                if shift == 39 || shift == 30 && !self.cpuid.has(Feature::Page1g) {
                     reserved |= pte::PS;
                 }
                 if leaf && shift > 12 {
@@ -216,14 +249,25 @@ impl Core {
                 if !self.update_entry(at, shape.wide, entry, pte::A) {
                     return None;
                 }
-                table = if shape.wide { entry & ADDR } else { entry & 0xffff_f000 };
+                table = if shape.wide {
+                    entry & ADDR
+                } else {
+                    entry & 0xffff_f000
+                };
                 continue;
             }
             let user_page = rights & pte::U != 0;
             let writable = rights & pte::W != 0;
             let may_write = writable || !user && self.st.cr0 & cr0::WP == 0;
             let allowed = match access {
-                Access::Fetch => !nx && (user_page || !user) && !(user_page && !user && cr4 & cr4::SMEP != 0),
+                // Users fetch from user pages; the supervisor too, unless SMEP forbids it.
+                Access::Fetch => {
+                    !nx && if user {
+                        user_page
+                    } else {
+                        !user_page || cr4 & cr4::SMEP == 0
+                    }
+                }
                 _ => {
                     (user_page || !user)
                         && !(user_page && set == Set::Smap)
@@ -233,7 +277,11 @@ impl Core {
             if !allowed {
                 return Some(Err(error | code::PRESENT));
             }
-            let bits = if access == Access::Write { pte::A | pte::D } else { pte::A };
+            let bits = if access == Access::Write {
+                pte::A | pte::D
+            } else {
+                pte::A
+            };
             if !self.update_entry(at, shape.wide, entry, bits) {
                 return None;
             }
@@ -282,7 +330,14 @@ impl Core {
             }
         }
         if !self.watching {
-            self.tlb.fill(set, lin, host - (walk.gpa & 0xfff) as usize, fast, walk.global, walk.large);
+            self.tlb.fill(
+                set,
+                lin,
+                host - (walk.gpa & 0xfff) as usize,
+                fast,
+                walk.global,
+                walk.large,
+            );
         }
         Ok(Place::Host(host))
     }
@@ -302,7 +357,10 @@ impl Core {
         let set = if user { Set::User } else { Set::Supervisor };
         match self.walk(lin, Access::Fetch, set) {
             Ok(walk) => {
-                self.itlb[slot] = ItlbEntry { key, gpa: walk.gpa & !0xfff };
+                self.itlb[slot] = ItlbEntry {
+                    key,
+                    gpa: walk.gpa & !0xfff,
+                };
                 Ok(walk.gpa)
             }
             Err(code) => self.raise(Exception::Pf { addr: lin, code }),
@@ -311,7 +369,10 @@ impl Core {
 
     /// Reads physical memory, if all of it is RAM.
     pub(crate) fn read_physical(&self, gpa: u64) -> Option<u64> {
-        self.layout.find(gpa).filter(|_| gpa % 8 == 0).map(|_| self.read_entry(gpa, true))
+        self.layout
+            .find(gpa)
+            .filter(|_| gpa.is_multiple_of(8))
+            .map(|_| self.read_entry(gpa, true))
     }
 
     /// The bytes of code at a physical address, to the end of its page at most.

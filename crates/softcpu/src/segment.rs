@@ -71,7 +71,11 @@ impl Descriptor {
         Segment {
             selector,
             base: raw >> 16 & 0xff_ffff | raw >> 56 << 24,
-            limit: if raw >> 55 & 1 != 0 { limit << 12 | 0xfff } else { limit },
+            limit: if raw >> 55 & 1 != 0 {
+                limit << 12 | 0xfff
+            } else {
+                limit
+            },
             access: (raw >> 40) as u16 & 0xf0ff,
             unusable: false,
         }
@@ -141,18 +145,12 @@ impl Core {
 
     /// Sets bits of the type of a descriptor in memory.
     pub(crate) fn set_descriptor_bits(&mut self, selector: u16, bits: u8) -> Exec {
-        let Some(at) = self.descriptor_address(selector, 8) else { return Ok(()) };
+        let Some(at) = self.descriptor_address(selector, 8) else {
+            return Ok(());
+        };
         let set = self.system_set();
         let old: u8 = self.read_as(set, at.wrapping_add(5))?;
         self.write_as(set, at.wrapping_add(5), old | bits)
-    }
-
-    /// Clears the busy bit of a TSS descriptor in memory.
-    pub(crate) fn clear_busy(&mut self, selector: u16) -> Exec {
-        let Some(at) = self.descriptor_address(selector, 8) else { return Ok(()) };
-        let set = self.system_set();
-        let old: u8 = self.read_as(set, at.wrapping_add(5))?;
-        self.write_as(set, at.wrapping_add(5), old & !2)
     }
 
     /// Loads ES, SS, DS, FS or GS as MOV, POP and LDS do.
@@ -174,7 +172,11 @@ impl Core {
         }
         if is_null(selector) {
             // Intel keeps base and limit; in 64-bit mode the base still counts for FS and GS, and becomes zero here.
-            self.st.segs[index] = Segment { selector, unusable: true, ..Segment::default() };
+            self.st.segs[index] = Segment {
+                selector,
+                unusable: true,
+                ..Segment::default()
+            };
             self.segment_changed(index);
             return Ok(());
         }
@@ -196,16 +198,29 @@ impl Core {
     }
 
     /// Checks a stack segment for privilege level `cpl`; `bad` is what a wrong selector raises (#GP or #TS).
-    pub(crate) fn stack_segment(&mut self, selector: u16, cpl: u8, bad: fn(u16) -> Exception) -> Exec<Segment> {
+    pub(crate) fn stack_segment(
+        &mut self,
+        selector: u16,
+        cpl: u8,
+        bad: fn(u16) -> Exception,
+    ) -> Exec<Segment> {
         let error = selector & 0xfffc;
         if is_null(selector) {
             if self.code64() && cpl != 3 && (selector & 3) as u8 == cpl {
-                return Ok(Segment { selector, access: u16::from(cpl) << 5 | 0x93, unusable: true, ..Segment::default() });
+                return Ok(Segment {
+                    selector,
+                    access: u16::from(cpl) << 5 | 0x93,
+                    unusable: true,
+                    ..Segment::default()
+                });
             }
             return self.raise(bad(0));
         }
-        let Some(mut descriptor) = self.descriptor(selector)? else { return self.raise(bad(error)) };
-        if (selector & 3) as u8 != cpl || !descriptor.is_writable_data() || descriptor.dpl() != cpl {
+        let Some(mut descriptor) = self.descriptor(selector)? else {
+            return self.raise(bad(error));
+        };
+        if (selector & 3) as u8 != cpl || !descriptor.is_writable_data() || descriptor.dpl() != cpl
+        {
             return self.raise(bad(error));
         }
         if !descriptor.present() {
@@ -246,7 +261,10 @@ impl Core {
             let s = &mut self.st.segs[index];
             let conforming = s.access & 0x1c == 0x1c;
             if !s.unusable && !conforming && s.dpl() < self.st.cpl {
-                *s = Segment { unusable: true, ..Segment::default() };
+                *s = Segment {
+                    unusable: true,
+                    ..Segment::default()
+                };
             }
         }
     }

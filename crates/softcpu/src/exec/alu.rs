@@ -61,13 +61,22 @@ fn set_flags<T: Word, const OP: u8>(cpu: &mut Core, a: u64, r: u64, carry: u64) 
     };
     // NEG is 0 - a.
     let a = if OP == NEG { 0 } else { a };
-    cpu.fl = Flags { kind: kind | T::LOG, aux: carry as u32, a, r };
+    cpu.fl = Flags {
+        kind: kind | T::LOG,
+        aux: carry as u32,
+        a,
+        r,
+    };
 }
 
 /// CF, for the operations that read or keep it.
 #[inline(always)]
 fn carry_in<const OP: u8>(cpu: &Core) -> u64 {
-    if matches!(OP, ADC | SBB | INC | DEC) { u64::from(cpu.fl.cf()) } else { 0 }
+    if matches!(OP, ADC | SBB | INC | DEC) {
+        u64::from(cpu.fl.cf())
+    } else {
+        0
+    }
 }
 
 fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
@@ -104,7 +113,10 @@ fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, 
 }
 
 #[inline(never)]
-fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
+fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(
+    cpu: &mut Core,
+    op: &Op,
+) -> Exec {
     let carry = carry_in::<OP>(cpu);
     if F == MR || F == MI {
         let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
@@ -211,7 +223,11 @@ fn holds<T: Word, const OP: u8, const CC: u8>(cpu: &Core, a: u64, b: u64, r: u64
 /// An operation and the conditional branch behind it.
 fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
-    let a = if F == MR || F == MI { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
+    let a = if F == MR || F == MI {
+        cpu.load_word::<T>(op)?
+    } else {
+        cpu.reg::<T>(op.d)
+    };
     let b = match F {
         RR | MR => cpu.reg::<T>(op.s),
         RM => cpu.load_word::<T>(op)?,
@@ -222,7 +238,11 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     if OP != CMP && OP != TEST {
         cpu.set_reg::<T>(op.d, r);
     }
-    Err(if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall })
+    Err(if holds::<T, OP, CC>(cpu, a, b, r) {
+        Leave::Taken
+    } else {
+        Leave::Fall
+    })
 }
 
 /// Picks the instance of a handler for one of the conditions listed.

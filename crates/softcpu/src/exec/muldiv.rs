@@ -11,7 +11,12 @@ use crate::flags::{Flags, kind};
 use crate::state::rflags::{AF, ARITH, CF, OF, PF, SF, ZF};
 
 fn product_flags<T: Word>(cpu: &mut Core, low: u64, overflow: bool) {
-    cpu.fl = Flags { kind: kind::RES | T::LOG, aux: if overflow { (CF | OF) as u32 } else { 0 }, a: 0, r: T::cut(low) };
+    cpu.fl = Flags {
+        kind: kind::RES | T::LOG,
+        aux: if overflow { (CF | OF) as u32 } else { 0 },
+        a: 0,
+        r: T::cut(low),
+    };
 }
 
 /// Writes a double-width result to AX, DX:AX, EDX:EAX or RDX:RAX.
@@ -25,12 +30,20 @@ fn set_pair<T: Word>(cpu: &mut Core, low: u64, high: u64) {
 }
 
 fn mul<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
+    let b = if M {
+        cpu.load_word::<T>(op)?
+    } else {
+        cpu.reg::<T>(op.d)
+    };
     let a = cpu.reg::<T>(0);
     let (low, high, overflow) = if SIGNED {
         let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(b));
         let low = T::cut(product as u64);
-        (low, T::cut((product >> T::BITS) as u64), i128::from(T::sign_extend(low)) != product)
+        (
+            low,
+            T::cut((product >> T::BITS) as u64),
+            i128::from(T::sign_extend(low)) != product,
+        )
     } else {
         let product = u128::from(a) * u128::from(b);
         let high = (product >> T::BITS) as u64;
@@ -43,8 +56,16 @@ fn mul<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> E
 
 /// IMUL with two or three operands.
 fn imul<T: Word, const IMM: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
-    let a = if IMM { T::cut(op.imm) } else { cpu.reg::<T>(op.d) };
+    let b = if M {
+        cpu.load_word::<T>(op)?
+    } else {
+        cpu.reg::<T>(op.s)
+    };
+    let a = if IMM {
+        T::cut(op.imm)
+    } else {
+        cpu.reg::<T>(op.d)
+    };
     let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(b));
     let low = T::cut(product as u64);
     cpu.set_reg::<T>(op.d, low);
@@ -54,8 +75,16 @@ fn imul<T: Word, const IMM: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exe
 
 /// The flags that a division leaves are undefined; they are left alone.
 fn div<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
-    let (low, high) = if T::BITS == 8 { (cpu.reg::<u8>(0), cpu.reg::<u8>(16)) } else { (cpu.reg::<T>(0), cpu.reg::<T>(2)) };
+    let b = if M {
+        cpu.load_word::<T>(op)?
+    } else {
+        cpu.reg::<T>(op.d)
+    };
+    let (low, high) = if T::BITS == 8 {
+        (cpu.reg::<u8>(0), cpu.reg::<u8>(16))
+    } else {
+        (cpu.reg::<T>(0), cpu.reg::<T>(2))
+    };
     if b == 0 {
         return cpu.raise(Exception::De);
     }
@@ -63,22 +92,33 @@ fn div<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> E
         let shift = 128 - 2 * T::BITS;
         let a = ((u128::from(high) << T::BITS | u128::from(low)) << shift) as i128 >> shift;
         let b = i128::from(T::sign_extend(b));
-        a.checked_div(b).filter(|q| i128::from(T::sign_extend(T::cut(*q as u64))) == *q).map(|q| (q as u64, (a - q * b) as u64))
+        a.checked_div(b)
+            .filter(|q| i128::from(T::sign_extend(T::cut(*q as u64))) == *q)
+            .map(|q| (q as u64, (a - q * b) as u64))
     } else if T::BITS == 64 && high == 0 {
         Some((low / b, low % b))
     } else {
         let a = u128::from(high) << T::BITS | u128::from(low);
         let b = u128::from(b);
-        Some(a / b).filter(|q| *q >> T::BITS == 0).map(|q| (q as u64, (a % b) as u64))
+        Some(a / b)
+            .filter(|q| *q >> T::BITS == 0)
+            .map(|q| (q as u64, (a % b) as u64))
     };
-    let Some((quotient, remainder)) = result else { return cpu.raise(Exception::De) };
+    let Some((quotient, remainder)) = result else {
+        return cpu.raise(Exception::De);
+    };
     set_pair::<T>(cpu, T::cut(quotient), T::cut(remainder));
     Ok(())
 }
 
 /// Flags SF, ZF, PF of AL, and the given others.
 fn decimal_flags(cpu: &mut Core, al: u64, bits: u64) {
-    cpu.fl = Flags { kind: kind::RES, aux: bits as u32, a: 0, r: al & 0xff };
+    cpu.fl = Flags {
+        kind: kind::RES,
+        aux: bits as u32,
+        a: 0,
+        r: al & 0xff,
+    };
 }
 
 /// DAA and DAS.
@@ -87,7 +127,8 @@ fn daa<const SUB: bool>(cpu: &mut Core, _: &Op) -> Exec {
     let (cf, af) = (cpu.fl.cf(), cpu.fl.af());
     let mut al = old;
     let mut bits = 0;
-    let adjust = |by: u64, al: &mut u64| *al = if SUB { al.wrapping_sub(by) } else { *al + by } & 0xff;
+    let adjust =
+        |by: u64, al: &mut u64| *al = if SUB { al.wrapping_sub(by) } else { *al + by } & 0xff;
     if old & 15 > 9 || af {
         adjust(6, &mut al);
         bits |= AF;
@@ -124,7 +165,7 @@ fn aam(cpu: &mut Core, op: &Op) -> Exec {
     if base == 0 {
         return cpu.raise(Exception::De);
     }
-    cpu.set_reg::<u16>(0, al / base << 8 | al % base);
+    cpu.set_reg::<u16>(0, ((al / base) << 8) | (al % base));
     decimal_flags(cpu, al % base, 0);
     Ok(())
 }
