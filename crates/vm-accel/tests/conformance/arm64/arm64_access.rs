@@ -107,7 +107,7 @@ fn every_register(host: &Host) -> Outcome {
         }
     })?;
     for n in 0..31 {
-        let value = (0x0101_0101_0101_0101 * (n + 1)).to_le_bytes();
+        let value = (0x0101_0101_0101_0101u64 * (n + 1)).to_le_bytes();
         m.expect_read(D + 8 * n, &value)?;
         m.expect_write(D + 8 * n, &value)?;
     }

@@ -4,9 +4,9 @@ use super::machine::prepare;
 use super::{Arm, poll};
 use crate::harness::{Host, Outcome, cases, fail};
 use vm_accel::aarch64::{
-    self as aarch64, Gic, GicVersion, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg,
+    self as aarch64, Gic, GicPart, GicVersion, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg,
 };
-use vm_accel::{Accel, HostEvent, IoAddress, IoEventMatch, MsiMessage, VcpuExit};
+use vm_accel::{HostEvent, IoAddress, IoEventMatch, MsiMessage, VcpuExit};
 use vm_accel_guests::arm64::Index::Offset;
 use vm_accel_guests::arm64::{Assembler, ZR, layout};
 
@@ -53,6 +53,8 @@ fn gic_on(a: &mut Assembler, private: u32, shared: &[u32]) {
         a.poke(GICD + 0x80 + word, u32::MAX);
         a.poke(GICD + 0x100 + word, 1 << (intid % 32));
         a.poke64(GICD + 0x6000 + 8 * u64::from(*intid), 0);
+        // Level-triggered: after reset KVM's are not.
+        a.poke(GICD + 0xc00 + 4 * u64::from(intid / 16), 0);
     }
     a.mov(0, 0xff);
     a.msr(ICC_PMR, 0);
@@ -297,7 +299,20 @@ fn state_moves_to_another_machine(host: &Host) -> Outcome {
         .expect("aarch64")
         .restore_registers(&others)?;
     next.vm.set_gic_state(&gic)?;
-    assert_eq!(next.vm.get_gic_state()?, gic);
+    let back = next.vm.get_gic_state()?;
+    for (restored, saved) in back.registers.iter().zip(&gic.registers) {
+        // An ITS that nobody set up chooses its own attributes for a command queue that is not there.
+        if (saved.part, saved.register) != (GicPart::Its, 0x80) {
+            assert_eq!(restored, saved);
+        }
+    }
+    assert_eq!(back.registers.len(), gic.registers.len());
+    let line = GicPart::Lines { affinity: 0 };
+    assert!(
+        gic.registers
+            .iter()
+            .any(|r| r.part == line && r.register == 32 && r.value == 1 << (SPI - 32))
+    );
     // The line was up, and the guest was about to unmask.
     next.expect_report(SPI.into())?;
     next.vm.set_irq_line(spi_line(SPI), false)?;

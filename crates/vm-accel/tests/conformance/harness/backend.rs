@@ -61,6 +61,15 @@ pub(crate) fn cpu_is_emulated(backend: &Backend) -> bool {
     let brand = || -> VcpuResult<Vec<u8>> {
         let mut vm = (backend.create)()?;
         let mut vcpu = vm.create_vcpu(0)?;
+        if let Some(arm) = vcpu.as_aarch64() {
+            // Implementer 0 is "software" (Arm ARM, MIDR_EL1): TCG's `max`.
+            let software = arm.get_sys_reg(vm_accel::aarch64::MIDR_EL1)? >> 24 == 0;
+            return Ok(if software {
+                b"TCG".to_vec()
+            } else {
+                Vec::new()
+            });
+        }
         let entries = vcpu
             .as_x86()
             .map_or(Ok(Vec::new()), |x86| x86.supported_cpuid())?;
