@@ -427,10 +427,11 @@ impl Cpu {
     fn step(&mut self) -> Pause {
         let core = &mut self.core;
         let rip = core.st.rip;
-        if !core.replay.resume
-            && let Some(dr6) = core.code_breakpoint(rip)
-        {
-            return self.deliver_exception(Exception::Db(dr6));
+        // Behind MOV SS instruction breakpoints wait, too (SDM vol. 3A, 6.8.3).
+        if !core.replay.resume && !core.st.events.mov_ss_shadow {
+            if let Some(dr6) = core.code_breakpoint(rip) {
+                return self.deliver_exception(Exception::Db(dr6));
+            }
         }
         let mut bytes = [0; 15];
         let Ok(n) = self.fetch(rip, &mut bytes) else {

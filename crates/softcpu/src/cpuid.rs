@@ -188,6 +188,9 @@ fn text(entry: &mut CpuidEntry, bytes: &[u8; 16]) {
     (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
 }
 
+/// Leaf 1, EDX: there is a local APIC.
+pub(crate) const APIC_BIT: u32 = leaf1d::APIC;
+
 /// Everything this CPU can do, for the CPU with APIC id `id`, with a TSC of `tsc_hz`.
 pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
     let entry = |leaf, subleaf, eax, ebx, ecx, edx| CpuidEntry {

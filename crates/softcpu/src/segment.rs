@@ -261,10 +261,8 @@ impl Core {
             let s = &mut self.st.segs[index];
             let conforming = s.access & 0x1c == 0x1c;
             if !s.unusable && !conforming && s.dpl() < self.st.cpl {
-                *s = Segment {
-                    unusable: true,
-                    ..Segment::default()
-                };
+                // The base stays: in 64-bit mode that of FS and GS still counts.
+                *s = Segment { base: s.base, unusable: true, ..Segment::default() };
             }
         }
     }

@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::form::{Word, by_size, has_memory};
 use super::{AM_SEG, Exec, Handler, Leave, Op};
+use crate::bus::MsrAnswer;
 use crate::core::{Core, Trap};
 use crate::cpuid::Feature;
 use crate::exception::Exception;
@@ -405,11 +406,19 @@ fn rdpmc(cpu: &mut Core, _: &Op) -> Exec {
 }
 
 fn cpuid(cpu: &mut Core, _: &Op) -> Exec {
-    let entry = cpu.cpuid.execute(
-        cpu.st.gpr[0] as u32,
-        cpu.st.gpr[1] as u32,
-        cpu.st.cr4 & cr4::OSXSAVE != 0,
-    );
+    let leaf = cpu.st.gpr[0] as u32;
+    let osxsave = cpu.st.cr4 & cr4::OSXSAVE != 0;
+    let mut entry = cpu.cpuid.execute(leaf, cpu.st.gpr[1] as u32, osxsave);
+    if leaf == 1 {
+        // A local APIC that is switched off is not there (SDM vol. 3A, "Local APIC Status and Location").
+        const ENABLED: u64 = 1 << 11;
+        let tsc = cpu.tsc();
+        if let MsrAnswer::Done(base) = cpu.bus.msr_read(crate::apic::MSR_APIC_BASE, tsc) {
+            if base & ENABLED == 0 {
+                entry.edx &= !crate::cpuid::APIC_BIT;
+            }
+        }
+    }
     for (reg, value) in [
         (0, entry.eax),
         (3, entry.ebx),

@@ -18,10 +18,14 @@ use vm_accel_softcpu::apic::{
 /// nothing: there are only 256 vectors.
 type EoiSet = [u64; 4];
 
+/// How many non-maskable interrupts are kept.
+const MOST_NMIS: u8 = 2;
+
 /// What the CPU's thread must do at its next look.
 #[derive(Debug, Default)]
 pub(crate) struct Signals {
-    pub(crate) nmi: bool,
+    /// Non-maskable interrupts to deliver: one, and one more that came before the first was begun (as KVM keeps them).
+    pub(crate) nmis: u8,
     pub(crate) init: bool,
     pub(crate) startup: Option<u8>,
     /// The VMM kicked the vCPU.
@@ -33,7 +37,7 @@ pub(crate) struct Signals {
 impl Signals {
     /// True if the CPU's thread has something to do.
     fn any(&self) -> bool {
-        self.nmi || self.init || self.startup.is_some() || self.kicked || self.eois != [0; 4]
+        self.nmis != 0 || self.init || self.startup.is_some() || self.kicked || self.eois != [0; 4]
     }
 
     /// The next vector whose end the VMM must hear of.
@@ -114,7 +118,9 @@ impl LocalApic {
                     wake.poll_interrupts();
                 }
             }
-            Reception::Nmi => self.signal(|signals| signals.nmi = true),
+            Reception::Nmi => {
+                self.signal(|signals| signals.nmis = (signals.nmis + 1).min(MOST_NMIS));
+            }
             Reception::Init => self.signal(|signals| {
                 signals.init = true;
                 signals.startup = None;
@@ -289,7 +295,7 @@ mod tests {
         let sender = Arc::clone(&fabric);
         let thread = std::thread::spawn(move || sender.deliver(&message(0, DeliveryMode::Nmi, 0)));
         apic.wait(true, 1_000_000_000, Now::default);
-        assert!(apic.signals().nmi);
+        assert_eq!(apic.signals().nmis, 1);
         thread.join().unwrap();
     }
 }

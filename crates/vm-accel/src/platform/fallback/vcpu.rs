@@ -41,6 +41,8 @@ pub(super) struct FallbackVcpu {
     data: Vec<u8>,
     last_exit: Option<Exit>,
     debug: GuestDebug,
+    /// A non-maskable interrupt is in the mailbox that the CPU had no room for.
+    nmi_waits: bool,
 }
 
 /// The machine as the CPU sees it: its local APIC. Everything else is an exit.
@@ -180,6 +182,7 @@ impl FallbackVcpu {
             data: Vec::new(),
             last_exit: None,
             debug: GuestDebug::default(),
+            nmi_waits: false,
         }
     }
 
@@ -192,7 +195,12 @@ impl FallbackVcpu {
         if let Some(vector) = signals.take_eoi() {
             return Some(VcpuExit::EndOfInterrupt { vector });
         }
-        let nmi = std::mem::take(&mut signals.nmi);
+        // The CPU itself keeps one that waits.
+        let nmi = signals.nmis != 0 && !self.cpu.get_mut().state().events.nmi;
+        if nmi {
+            signals.nmis -= 1;
+        }
+        self.nmi_waits = signals.nmis != 0;
         let init = std::mem::take(&mut signals.init);
         let startup = signals.startup.take();
         drop(signals);
@@ -233,6 +241,10 @@ impl FallbackVcpu {
     /// Runs the CPU until it leaves.
     fn enter(&mut self) -> Exit {
         let cpu = self.cpu.get_mut();
+        if self.nmi_waits {
+            // Come back as soon as the CPU has room for it.
+            return cpu.run(1);
+        }
         if HOST_ORDERS_AS_X86 {
             return cpu.run(u64::MAX);
         }

@@ -337,7 +337,7 @@ impl X86Vcpu for FallbackVcpu {
             interrupt_injected: events.interrupt,
             sti_shadow: events.sti_shadow,
             mov_ss_shadow: events.mov_ss_shadow,
-            nmi_pending: events.nmi || self.apic.signals().nmi,
+            nmi_pending: events.nmi || self.apic.signals().nmis != 0,
             nmi_masked: events.nmi_blocked,
             sipi_vector: self.apic.signals().startup.unwrap_or(0),
             triple_fault_pending: events.shutdown,
