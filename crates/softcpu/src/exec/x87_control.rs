@@ -283,3 +283,105 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
 pub(crate) fn lower_wait(insn: &Instruction) -> Option<Handler> {
     (insn.code() == Code::Wait).then_some(wait)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::Exit;
+    use crate::NoBus;
+    use crate::state::seg;
+    use crate::testing::{CODE, Machine};
+
+    const AREA: u64 = 0x4000;
+
+    fn machine() -> Machine {
+        let mut machine = Machine::new(Box::new(NoBus));
+        machine.cpu.update(|st| st.gpr[3] = AREA);
+        machine
+    }
+
+    #[test]
+    fn fnsave_stores_the_protected_layout_and_frstor_takes_it_back() {
+        let mut machine = machine();
+        // fldz; fld1; fld qword [rbx + 0x80]; fnsave [rbx]; fnstsw [rbx + 0xc0]; frstor [rbx]; faddp; fnstsw ax
+        machine
+            .memory
+            .write(AREA + 0x80, &2.5f64.to_bits().to_le_bytes());
+        machine.memory.write(AREA + 0xc0, &[0xff; 2]);
+        machine.code(&[
+            0xd9, 0xee, 0xd9, 0xe8, 0xdd, 0x83, 0x80, 0, 0, 0, 0xdd, 0x33, 0xdd, 0xbb, 0xc0, 0, 0,
+            0, 0xdd, 0x23, 0xde, 0xc1, 0xdf, 0xe0,
+        ]);
+        let st = machine.run().clone();
+        let selectors = (st.segs[seg::CS].selector, st.segs[seg::DS].selector);
+        let word = |at: u64| u32::from_le_bytes(machine.memory.read(AREA + at));
+        assert_eq!((word(0), word(4)), (0xffff_037f, 0xffff_2800));
+        // R7 zero, R6 and R5 valid, the rest empty.
+        assert_eq!(word(8), 0xffff_43ff);
+        assert_eq!((word(12), word(16) as u16), (CODE as u32 + 4, selectors.0));
+        assert_eq!(
+            (word(20), word(24)),
+            (AREA as u32 + 0x80, 0xffff_0000 | u32::from(selectors.1))
+        );
+        assert_eq!(
+            machine.memory.read::<10>(AREA + 28),
+            [0, 0, 0, 0, 0, 0, 0, 0xa0, 0, 0x40]
+        );
+        assert_eq!(word(0xc0) as u16, 0, "saving initialises");
+        assert_eq!((st.gpr[0], st.x87.valid), (0x3000, 0xc0));
+        assert_eq!(
+            (st.x87.sign_exp[6], st.x87.sig[6]),
+            (0x4000, 0xe000_0000_0000_0000)
+        );
+    }
+
+    #[test]
+    fn real_mode_environments_hold_linear_addresses() {
+        let mut machine = Machine::real(Box::new(NoBus));
+        machine.cpu.update(|st| {
+            st.x87 = crate::state::X87 {
+                fop: 0x123,
+                fip: 0x1234,
+                fcs: 0xf000,
+                fdp: 8,
+                fds: 0x4000,
+                ..Default::default()
+            };
+            st.gpr[3] = AREA;
+        });
+        // fnstenv [bx]; fldenv [bx]
+        machine.code(&[0xd9, 0x37, 0xd9, 0x27]);
+        let st = machine.run().clone();
+        let word = |at: u64| u16::from_le_bytes(machine.memory.read(AREA + at));
+        assert_eq!([word(0), word(2), word(4)], [0x37f, 0, 0xffff]);
+        assert_eq!(
+            [word(6), word(8), word(10), word(12)],
+            [0x1234, 0xf123, 0x0008, 0x4000]
+        );
+        assert_eq!(
+            (st.x87.fip, st.x87.fcs, st.x87.fdp, st.x87.fop),
+            (0xf1234, 0, 0x40008, 0x123)
+        );
+    }
+
+    #[test]
+    fn a_pending_error_is_raised_by_the_next_waiting_instruction() {
+        let mut machine = machine();
+        machine.cpu.update(|st| st.x87.fcw = 0x37b);
+        // fld1; fldz; fdivp (unmasked zero divide); fnstsw ax; fwait
+        machine.code(&[0xd9, 0xe8, 0xd9, 0xee, 0xde, 0xf9, 0xdf, 0xe0, 0x9b]);
+        let exit = machine.cpu.run(100);
+        let st = machine.cpu.state();
+        assert_ne!(
+            exit,
+            Exit::Halted,
+            "without an IDT the exception shuts the machine down"
+        );
+        assert_eq!(st.rip, CODE + 8, "the exception is that of FWAIT");
+        assert_eq!(st.gpr[0] as u16, 0xb084);
+        assert_eq!(
+            (st.x87.valid, st.x87.fop),
+            (0xc0, 0x6f9),
+            "nothing was popped, the opcode is noted"
+        );
+    }
+}
