@@ -1,7 +1,7 @@
 //! `cargo xtask budget`: the library stays small enough to read.
 //!
-//! Counts the sources of the library crate as a reader meets them: every line, comments and documentation too, but
-//! no tests. The counting goes by lines and relies on rustfmt's layout, which CI enforces: an item ends at the first
+//! Counts the code of the library crate: no comments, documentation and blank lines, which the house rules ask for in
+//! plenty, and no tests. The counting goes by lines and relies on rustfmt's layout, which CI enforces: an item ends at the first
 //! line with its indentation and a closing brace.
 
 use crate::Usage;
@@ -17,7 +17,7 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     usage: "\
 Usage: cargo xtask budget
 
-Counts crates/vm-accel/src without tests and fails above 9,000 lines, 150 cfg attributes,
+Counts crates/vm-accel/src without tests and fails above 9,000 lines of code, 150 cfg attributes,
 500 duplicated lines or 1,200 lines in a file.",
     run,
 };
@@ -49,7 +49,10 @@ fn run(args: &[String]) -> Result<u8> {
         .context("the library has sources")?;
     let longest_length = longest.lines.len();
 
-    println!("{} files, {code} of their lines are code", files.len());
+    println!(
+        "{} files, {total} lines with documentation and comments",
+        files.len()
+    );
     println!(
         "longest file: {} ({longest_length} lines without tests)",
         shown(&longest.path)
@@ -60,7 +63,7 @@ fn run(args: &[String]) -> Result<u8> {
     let duplicated: usize = duplicates.iter().map(|(_, lines)| lines).sum();
     let mut over = Vec::new();
     for (what, is, limit) in [
-        ("lines without tests", total, LINES),
+        ("lines of code without tests", code, LINES),
         ("lines in the longest file", longest_length, LINES_PER_FILE),
         ("cfg attributes", cfgs, CFGS),
         ("duplicated lines", duplicated, DUPLICATES),

@@ -5,11 +5,13 @@
 
 mod apt;
 mod arch;
+mod boot;
 mod budget;
 mod cargo;
 mod cpio;
 mod guests;
 mod initrd;
+mod kut;
 mod msrv;
 mod nested;
 mod process;
@@ -33,7 +35,9 @@ pub(crate) struct Command {
 const COMMANDS: &[&Command] = &[
     &guests::COMMAND,
     &initrd::COMMAND,
+    &boot::COMMAND,
     &nested::COMMAND,
+    &kut::COMMAND,
     &msrv::COMMAND,
     &budget::COMMAND,
 ];
