@@ -31,16 +31,15 @@ pub(crate) struct RunArgs {
     /// Initial RAM disk (multiboot: the first module).
     #[arg(long, short, value_name = "FILE", alias = "initramfs")]
     pub(crate) initrd: Option<PathBuf>,
-    /// Command line of the kernel.
+    /// Command line of the kernel [default: console=ttyS0, where the boot protocol has a command line]
     #[arg(
         long,
         short = 'p',
         value_name = "TEXT",
-        default_value = "console=ttyS0",
         alias = "append",
         alias = "params"
     )]
-    pub(crate) cmdline: String,
+    pub(crate) cmdline: Option<String>,
     /// RAM: bytes, or with a suffix K, M, G or T (powers of 1024).
     #[arg(
         long,
@@ -51,7 +50,7 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) memory: Size,
     /// Number of CPUs.
-    #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = count)]
     pub(crate) cpus: u32,
     /// Backend: auto, kvm, hvf, whpx, vz or soft. A list (kvm,soft) means the first that works.
     #[arg(long, value_name = "LIST", default_value = "auto")]
@@ -99,7 +98,9 @@ impl FromStr for Size {
             "G" | "GB" | "GIB" => 30,
             "T" | "TB" | "TIB" => 40,
             _ => {
-                return Err("a size is a number of bytes, or one with a suffix K, M, G or T".into());
+                return Err(
+                    "a size is a number of bytes, or one with a suffix K, M, G or T".into(),
+                );
             }
         };
         let number: u64 = number
@@ -160,6 +161,14 @@ impl FromStr for Serial {
     }
 }
 
+fn count(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        Ok(count) => Ok(count),
+        Err(_) => Err("it is no number that a machine could have".into()),
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text
         .parse()
@@ -216,6 +225,14 @@ mod tests {
         assert_eq!("kvm:soft".parse(), Ok(list));
         assert!("kvm,".parse::<AccelList>().is_err());
         assert!("tcg".parse::<AccelList>().is_err());
+    }
+
+    #[test]
+    fn a_count_is_a_number_above_zero() {
+        assert_eq!(count("64"), Ok(64));
+        for bad in ["", "0", "-1", "two", "4294967296"] {
+            assert!(count(bad).is_err(), "{bad:?} was taken");
+        }
     }
 
     #[test]

@@ -4,9 +4,10 @@
 //! bytes all go to the guest: whoever wants to end that machine has its process.
 
 use crate::os;
+use std::fmt;
 use std::io::{self, Read as _, Write};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use vm_accel_machine::{Control, Outcome, UartInput};
 
@@ -15,8 +16,11 @@ const BELL: u8 = 0x07;
 /// Reads of a terminal that wait for a guest that does not read; what comes beyond is refused with a bell.
 const WAITING_READS: usize = 4096;
 
-const HELP: &str =
-    "\r\nCtrl-A x  leave\r\nCtrl-A h  this help\r\nCtrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
+const HELP: &str = "
+Ctrl-A x       leave
+Ctrl-A h       this help
+Ctrl-A Ctrl-A  send Ctrl-A to the guest
+";
 
 /// What a user's bytes mean.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,29 +52,47 @@ impl Keys {
     }
 }
 
+/// Says something to the user. A stderr that takes nothing must not end the machine, as `eprintln!` would.
+pub(crate) fn tell(text: impl fmt::Display) {
+    let _ = writeln!(io::stderr(), "vm-accel: {text}");
+}
+
 /// The machine that input goes to at the moment; it changes when the guest resets.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Target(Arc<Mutex<Option<(UartInput, Control)>>>);
+pub(crate) struct Target(Arc<Mutex<Current>>);
+
+#[derive(Debug, Default)]
+struct Current {
+    machine: Option<(UartInput, Control)>,
+    /// The user asked for the end, perhaps while one machine was gone and the next not there yet.
+    stopped: bool,
+}
 
 impl Target {
     pub(crate) fn set(&self, input: UartInput, control: Control) {
-        *self.lock() = Some((input, control));
+        let mut current = self.lock();
+        if current.stopped {
+            control.finish(Outcome::Stopped);
+        }
+        current.machine = Some((input, control));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(UartInput, Control)>> {
+    fn lock(&self) -> MutexGuard<'_, Current> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the machine.
+    /// Ends the machine, and each that would follow it.
     pub(crate) fn stop(&self) {
-        if let Some((_, control)) = &*self.lock() {
+        let mut current = self.lock();
+        current.stopped = true;
+        if let Some((_, control)) = &current.machine {
             control.finish(Outcome::Stopped);
         }
     }
 
     /// Gives the guest these bytes, waiting as long as it does not take them.
     fn send(&self, bytes: &[u8]) {
-        let input = self.lock().as_ref().map(|(input, _)| input.clone());
+        let input = self.lock().machine.as_ref().map(|(input, _)| input.clone());
         if let Some(input) = input {
             // A machine that has just ended takes nothing more; what is typed then belongs to nobody.
             let _ = input.send(bytes);
@@ -84,7 +106,7 @@ pub(crate) fn start(target: &Target) -> anyhow::Result<Option<os::RawTerminal>> 
     let target = target.clone();
     let interactive = raw.is_some();
     if interactive {
-        eprint!("vm-accel: Ctrl-A x leaves, Ctrl-A h helps\r\n");
+        tell("Ctrl-A x leaves, Ctrl-A h helps");
     }
     // The threads end with the process: a read of stdin cannot be interrupted portably.
     thread::Builder::new().name("stdin".into()).spawn(move || {
@@ -124,7 +146,9 @@ fn read_terminal(target: &Target) {
         for key in buffer[..count].iter().filter_map(|byte| keys.press(*byte)) {
             match key {
                 Key::Guest(byte) => bytes.push(byte),
-                Key::Help => eprint!("{HELP}"),
+                Key::Help => {
+                    let _ = io::stderr().write_all(HELP.as_bytes());
+                }
                 Key::Leave => return target.stop(),
             }
         }

@@ -28,9 +28,34 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => status.into(),
         Err(error) => {
-            // The alternate form prints the chain of causes in one line.
-            eprintln!("vm-accel: {error:#}");
+            console::tell(sentence(&error));
             status::of_error(&error).into()
         }
+    }
+}
+
+/// An error with its causes, in one line. Some errors say their cause themselves; it is not said twice.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        let error = anyhow::anyhow!("no such file").context("cannot read it");
+        assert_eq!(sentence(&error), "cannot read it: no such file");
+        let error = anyhow::anyhow!("no such file").context("cannot read it: no such file");
+        assert_eq!(sentence(&error), "cannot read it: no such file");
     }
 }

@@ -4,14 +4,16 @@ use crate::args::{RunArgs, Serial};
 use crate::console::{self, Target};
 use crate::files;
 use crate::os::EndSignal;
-use crate::select::{self, Needs};
+use crate::select::{self, Choice, Needs};
 use crate::status::Status;
 use anyhow::{Context as _, Result};
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::Instant;
-use vm_accel_machine::boot::Module;
-use vm_accel_machine::{Guest, Machine, MachineConfig, Outcome};
+use vm_accel::{Accel as _, GuestArch, PlatformBackend};
+use vm_accel_machine::boot::{BootKind, Module};
+use vm_accel_machine::{Guest, Machine, MachineConfig, MachineError, Outcome};
 
 /// No kernel file is larger; it bounds what is read of an endless one.
 const LARGEST_FILE: u64 = 4 << 30;
@@ -31,19 +33,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<Status> {
         .iter()
         .map(|data| Module { data, cmdline: "" })
         .collect();
-    let name = args
-        .kernel
-        .as_ref()
-        .map_or("demo".into(), |path| path.to_string_lossy());
-    let guest = Guest {
-        kind: args.boot,
-        name: &name,
-        cmdline: &args.cmdline,
-        modules: &modules,
-        flat_address: args.flat_address,
-        ..Guest::new(&image)
-    };
-
+    let path = args.kernel.as_deref();
+    let name = path
+        .and_then(Path::file_name)
+        .map_or("demo".into(), |name| name.to_string_lossy());
     let target = Target::default();
     let signal = EndSignal::listen(&target)?;
     let end = args.timeout.map(|limit| (Instant::now(), limit));
@@ -56,13 +49,42 @@ pub(crate) fn run(args: &RunArgs) -> Result<Status> {
         }
         Serial::Stdio | Serial::Null => None,
     };
+    // After what concerns files: a message about the backend would only hide what is wrong with them.
+    let Choice {
+        backend,
+        mut warning,
+    } = select::backend(
+        &args.accel,
+        match args.kernel {
+            Some(_) => Needs::Ring0,
+            None => Needs::Little,
+        },
+    )?;
+    let arch = backend.capabilities().guest_arch;
+    let guest = Guest {
+        kind: args.boot,
+        name: &name,
+        cmdline: match &args.cmdline {
+            Some(text) => text,
+            None => default_cmdline(args.boot, &image, arch),
+        },
+        modules: &modules,
+        flat_address: args.flat_address,
+        ..Guest::new(&image)
+    };
+    let kind = backend.kind();
+    let mut first = Some(backend);
     let mut terminal = None;
     let outcome = loop {
-        let machine = build(args, &guest, serial_file.as_ref())?;
+        // A guest that resets gets a new machine of the same kind.
+        let backend = match first.take() {
+            Some(backend) => backend,
+            None => PlatformBackend::new(kind)?,
+        };
+        let machine = build(args, backend, &guest, serial_file.as_ref())?;
         target.set(machine.serial_input(), machine.control());
-        if signal.number().is_some() {
-            // It came before there was a machine to stop.
-            target.stop();
+        if let Some(warning) = warning.take() {
+            console::tell(format_args!("warning: {warning}"));
         }
         if terminal.is_none() && args.serial == Serial::Stdio {
             // After everything that fails early, so that its message meets an ordinary terminal.
@@ -80,18 +102,27 @@ pub(crate) fn run(args: &RunArgs) -> Result<Status> {
     }
     let status = Status::of_outcome(&outcome);
     if !matches!(outcome, Outcome::Shutdown | Outcome::ExitPort(_)) {
-        eprintln!("vm-accel: {outcome}");
+        console::tell(outcome);
     }
     Ok(status)
 }
 
+/// The command line of a kernel that the user gave none: its console is the serial port.
+fn default_cmdline(kind: BootKind, image: &[u8], arch: GuestArch) -> &'static str {
+    match kind.protocol(image, arch) {
+        Ok(protocol) if protocol.takes_arguments(arch) => "console=ttyS0",
+        // Building the machine will say what is wrong with the image.
+        _ => "",
+    }
+}
+
 /// A new machine with the guest in it.
-fn build(args: &RunArgs, guest: &Guest<'_>, serial_file: Option<&File>) -> Result<Machine> {
-    let needs = if args.kernel.is_some() {
-        Needs::Ring0
-    } else {
-        Needs::Little
-    };
+fn build(
+    args: &RunArgs,
+    backend: PlatformBackend,
+    guest: &Guest<'_>,
+    serial_file: Option<&File>,
+) -> Result<Machine> {
     let config = MachineConfig {
         memory: args.memory.0,
         cpus: args.cpus,
@@ -105,6 +136,10 @@ fn build(args: &RunArgs, guest: &Guest<'_>, serial_file: Option<&File>) -> Resul
         ),
         (_, None) => Box::new(io::sink()),
     };
-    let backend = select::backend(&args.accel, needs)?;
-    Ok(Machine::new(Box::new(backend), &config, guest, serial)?)
+    Machine::new(Box::new(backend), &config, guest, serial).map_err(|error| match error {
+        MachineError::Boot(error) => {
+            anyhow::Error::new(error).context(format!("cannot boot {}", guest.name))
+        }
+        other => other.into(),
+    })
 }

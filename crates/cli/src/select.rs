@@ -14,8 +14,16 @@ pub(crate) enum Needs {
     Ring0,
 }
 
+/// A virtual machine on the backend that was chosen.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    pub(crate) backend: PlatformBackend,
+    /// What the user should know of it before the guest runs.
+    pub(crate) warning: Option<String>,
+}
+
 /// Creates a virtual machine on the first backend of the list that works.
-pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<PlatformBackend> {
+pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<Choice> {
     let kinds: Vec<AccelKind> = match list {
         // Virtualization.framework runs whole machines of its own; it is not one that this command can drive.
         AccelList::Auto => AccelKind::ALL
@@ -26,6 +34,7 @@ pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<PlatformBackend>
     };
     let mut refusals = Vec::new();
     for (n, &kind) in kinds.iter().enumerate() {
+        let mut warning = None;
         if needs == Needs::Ring0 && emulates_ring0(kind) {
             const WHY: &str =
                 "this host emulates the guest's ring 0 and cannot run an operating system";
@@ -36,17 +45,17 @@ pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<PlatformBackend>
                 refusals.push(format!("{kind}: {WHY}"));
                 continue;
             }
-            eprintln!("vm-accel: warning: {kind}: {WHY}; expect the guest to fail");
+            warning = Some(format!("{kind}: {WHY}; expect the guest to fail"));
         }
         match PlatformBackend::new(kind) {
             Ok(backend) => {
                 if kind == AccelKind::Fallback && kinds.len() > 1 {
                     let why = explain(list, &refusals);
-                    eprintln!(
-                        "vm-accel: warning: no accelerator; using the software CPU, which is slow ({why})"
-                    );
+                    warning = Some(format!(
+                        "no accelerator; using the software CPU, which is slow ({why})"
+                    ));
                 }
-                return Ok(backend);
+                return Ok(Choice { backend, warning });
             }
             Err(why) => refusals.push(match &why {
                 // The kind stands in the text already.

@@ -113,6 +113,15 @@ impl Protocol {
             Self::Image => "image",
         }
     }
+
+    /// Whether a guest of architecture `arch` can be given a command line and modules.
+    #[must_use]
+    pub const fn takes_arguments(self, arch: GuestArch) -> bool {
+        !matches!(
+            (self, arch),
+            (Self::Flat, GuestArch::X86_64) | (Self::Firmware, _)
+        )
+    }
 }
 
 /// What it is, for messages: "a Linux bzImage" without the article.
@@ -146,6 +155,24 @@ pub enum BootKind {
     Auto,
     /// Use this one; an image that is not of its kind is an error.
     Exactly(Protocol),
+}
+
+impl BootKind {
+    /// The protocol for `image` on a machine of architecture `arch`: the given one, or the one that the image shows.
+    ///
+    /// # Errors
+    /// [`BootError::Empty`] or [`BootError::Unrecognised`], and what detection finds wrong with a header.
+    pub fn protocol(self, image: &[u8], arch: GuestArch) -> Result<Protocol, BootError> {
+        if image.is_empty() {
+            return Err(BootError::Empty {
+                what: "the image".to_owned(),
+            });
+        }
+        match self {
+            Self::Exactly(protocol) => Ok(protocol),
+            Self::Auto => detect::detect(image, arch),
+        }
+    }
 }
 
 /// The name by which it is chosen on a command line; parses back.
@@ -263,15 +290,7 @@ impl<'a> BootRequest<'a> {
     /// Any [`BootError`] but those of files: the image is not recognised, for another architecture, malformed, or does
     /// not fit into the guest's memory.
     pub fn plan(&self) -> Result<BootPlan<'a>, BootError> {
-        if self.image.is_empty() {
-            return Err(BootError::Empty {
-                what: "the image".to_owned(),
-            });
-        }
-        let protocol = match self.kind {
-            BootKind::Exactly(protocol) => protocol,
-            BootKind::Auto => detect::detect(self.image, self.arch)?,
-        };
+        let protocol = self.kind.protocol(self.image, self.arch)?;
         if self.cmdline.len() > MAX_CMDLINE || self.cmdline.contains('\0') {
             return Err(self.view(protocol).malformed(
                 "the command line",
