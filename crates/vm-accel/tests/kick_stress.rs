@@ -14,7 +14,8 @@ mod harness;
 use harness::runner::{Suite, Theme, main as run};
 use harness::{Host, Machine, Outcome, cases, fail};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 use vm_accel::{GuestArch, IrqChip, VcpuExit};
 use vm_accel_guests::asm::*;
@@ -62,7 +63,45 @@ struct Count {
     /// Number of the last kick, counted before it is sent.
     sent: AtomicU64,
     /// The value of `sent` that the vCPU's thread saw after its last `Interrupt`.
-    seen: AtomicU64,
+    seen: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Count {
+    /// The vCPU's thread: `run()` returned with `Interrupt`.
+    fn answer(&self) {
+        let sent = self.sent.load(Ordering::SeqCst);
+        *self.seen.lock().expect("nobody panics with it") = sent;
+        self.changed.notify_all();
+    }
+
+    /// A kicker: until its kick was answered. False if that takes longer than the test may.
+    fn wait_for(&self, host: &Host, number: u64) -> bool {
+        let mut seen = self.seen.lock().expect("nobody panics with it");
+        while *seen < number {
+            if !host.in_time() {
+                return false;
+            }
+            let second = Duration::from_secs(1);
+            seen = self
+                .changed
+                .wait_timeout(seen, second)
+                .expect("nobody panics with it")
+                .0;
+        }
+        true
+    }
+}
+
+/// However the vCPU's thread ends, nobody waits for its answers any more.
+struct Release<'a>(&'a Count);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        // Poisoned or not, the number is what counts.
+        *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = u64::MAX;
+        self.0.changed.notify_all();
+    }
 }
 
 /// Kicks `m` `total` times from each of `kickers` threads while it runs; `serve` handles its other exits.
@@ -74,13 +113,12 @@ fn stress(
     mut serve: impl FnMut(&mut Machine, VcpuExit) -> Outcome,
 ) -> Outcome {
     let kick = m.vcpu.kick_handle()?;
-    let (count, running, stop) = (Count::default(), AtomicU64::new(kickers), AtomicBool::new(false));
+    let (count, running) = (Count::default(), AtomicU64::new(kickers));
     std::thread::scope(|scope| {
         for seed in 1..=kickers {
-            let (kick, count, running, stop) = (&kick, &count, &running, &stop);
+            let (kick, count, running) = (&kick, &count, &running);
             scope.spawn(move || {
-                let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
-                let lost = || stop.load(Ordering::Relaxed) || !host.in_time();
+                let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
                 for _ in 0..total {
                     // Mostly short, sometimes long enough for the guest to get going.
                     let pause = if random.below(8) == 0 { 20_000 } else { 300 };
@@ -89,11 +127,8 @@ fn stress(
                     }
                     let number = count.sent.fetch_add(1, Ordering::SeqCst) + 1;
                     kick.kick();
-                    while count.seen.load(Ordering::SeqCst) < number {
-                        if lost() {
-                            return;
-                        }
-                        std::thread::yield_now();
+                    if !count.wait_for(host, number) {
+                        break;
                     }
                 }
                 running.fetch_sub(1, Ordering::SeqCst);
@@ -101,31 +136,27 @@ fn stress(
                 kick.kick();
             });
         }
-        let mut work = || -> Outcome {
-            let mut random = Random(0x1234_5678_9abc_def1);
-            while running.load(Ordering::SeqCst) != 0 {
-                match m.vcpu.run()? {
-                    VcpuExit::Interrupt if host.in_time() => {
-                        let sent = count.sent.load(Ordering::SeqCst);
-                        count.seen.store(sent, Ordering::SeqCst);
-                    }
-                    VcpuExit::Interrupt => fail!(
-                        "a kick was lost: {} were sent, {} were seen",
-                        count.sent.load(Ordering::SeqCst),
-                        count.seen.load(Ordering::SeqCst)
-                    ),
-                    exit => serve(m, exit)?,
-                }
-                // Sometimes outside of run() for a while.
-                for _ in 0..random.below(200) {
-                    std::hint::spin_loop();
-                }
+        let _release = Release(&count);
+        let mut random = Random(0x1234_5678_9abc_def1);
+        while running.load(Ordering::SeqCst) != 0 {
+            match m.vcpu.run()? {
+                VcpuExit::Interrupt => count.answer(),
+                exit => serve(m, exit)?,
             }
-            Ok(())
-        };
-        let result = work();
-        stop.store(true, Ordering::Relaxed);
-        result
+            // Sometimes outside of run() for a while.
+            for _ in 0..random.below(200) {
+                std::hint::spin_loop();
+            }
+            if !host.in_time() {
+                let seen = *count.seen.lock().expect("nobody panics with it");
+                fail!(
+                    "of {} kicks a thread only {} were sent and {seen} answered in time",
+                    total,
+                    count.sent.load(Ordering::SeqCst)
+                );
+            }
+        }
+        Ok(())
     })
 }
 
@@ -138,7 +169,9 @@ fn spinning(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::new(host, &world)?;
-    stress(host, &mut m, kicks(50_000), 1, |_, exit| fail!("exit is {exit:?}"))
+    stress(host, &mut m, kicks(50_000), 1, |_, exit| {
+        fail!("exit is {exit:?}")
+    })
 }
 
 /// A guest whose every other instruction exits: kicks fall between exits, answers and entries. All accesses arrive in
@@ -164,8 +197,15 @@ fn exiting(host: &Host) -> Outcome {
                 number = number.wrapping_add(1);
                 assert_eq!(m.vcpu.io_data()?, number.to_le_bytes());
             }
-            (1, VcpuExit::Mmio { is_write: false, .. }) => m.vcpu.complete_read(&0x5a5a_5a5au32.to_le_bytes())?,
-            (2, VcpuExit::Io { .. }) => assert_eq!(m.vcpu.io_data()?, (number ^ 0x5a5a_5a5a).to_le_bytes()),
+            (
+                1,
+                VcpuExit::Mmio {
+                    is_write: false, ..
+                },
+            ) => m.vcpu.complete_read(&0x5a5a_5a5au32.to_le_bytes())?,
+            (2, VcpuExit::Io { .. }) => {
+                assert_eq!(m.vcpu.io_data()?, (number ^ 0x5a5a_5a5a).to_le_bytes())
+            }
             _ => fail!("exit is {exit:?} in step {step} of turn {number}"),
         }
         step = (step + 1) % 3;
@@ -186,7 +226,9 @@ fn halted(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
-    stress(host, &mut m, kicks(10_000), 1, |_, exit| fail!("exit is {exit:?}"))
+    stress(host, &mut m, kicks(10_000), 1, |_, exit| {
+        fail!("exit is {exit:?}")
+    })
 }
 
 fn several_kickers(host: &Host) -> Outcome {
@@ -197,5 +239,7 @@ fn several_kickers(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::new(host, &world)?;
-    stress(host, &mut m, kicks(10_000) / 4, 4, |_, exit| fail!("exit is {exit:?}"))
+    stress(host, &mut m, kicks(10_000) / 4, 4, |_, exit| {
+        fail!("exit is {exit:?}")
+    })
 }

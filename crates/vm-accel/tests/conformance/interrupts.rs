@@ -282,7 +282,7 @@ fn line_through_pic(host: &Host) -> Outcome {
 
 /// The handle outlives the virtual machine's and works from anywhere.
 fn line_from_another_thread(host: &Host) -> Outcome {
-    let mut m = ready(host, &pin_world(0), IrqChip::Kernel)?;
+    let m = ready(host, &pin_world(0), IrqChip::Kernel)?;
     let irq = m.vm.irq_handle()?;
     let Machine {
         mut vcpu, vm, ram, ..

@@ -11,20 +11,24 @@
 //! ```
 
 mod arm64;
+mod debug;
 mod exceptions;
 mod harness;
 mod interrupts;
 mod kicks;
+mod lifecycle;
 mod memory;
 mod mmio;
 mod modes;
 mod pio;
 mod protocol;
 mod registers;
+mod snapshot;
 
 use arm64::{arm64_access, arm64_cpu, arm64_debug, arm64_interrupts, arm64_memory};
-use harness::runner::{Theme, main as run};
+use harness::runner::{Suite, Theme, main as run};
 use std::process::ExitCode;
+use std::time::Duration;
 use vm_accel::GuestArch::{Aarch64, X86_64};
 
 macro_rules! themes {
@@ -33,9 +37,20 @@ macro_rules! themes {
     };
 }
 
-const THEMES: &[Theme] = themes![X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers, X86_64 interrupts, X86_64 kicks, X86_64 protocol,
-    Aarch64 arm64_access, Aarch64 arm64_cpu, Aarch64 arm64_memory, Aarch64 arm64_interrupts, Aarch64 arm64_debug];
+#[rustfmt::skip]
+const THEMES: &[Theme] = themes![
+    X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers, X86_64 interrupts, X86_64 kicks,
+    X86_64 protocol, X86_64 lifecycle, X86_64 debug, X86_64 snapshot,
+    Aarch64 arm64_access, Aarch64 arm64_cpu, Aarch64 arm64_memory, Aarch64 arm64_interrupts, Aarch64 arm64_debug,
+];
+
+const SUITE: Suite = Suite {
+    themes: THEMES,
+    exceptions: exceptions::TABLE,
+    // Emulated machines take a tenth of it for the longest case.
+    limit: Duration::from_secs(60),
+};
 
 fn main() -> ExitCode {
-    run(THEMES, exceptions::TABLE)
+    run(&SUITE)
 }

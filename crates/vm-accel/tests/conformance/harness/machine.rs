@@ -277,16 +277,7 @@ impl Machine {
     }
 }
 
-/// Assembles with the code size of a world at any address.
-pub(crate) fn assemble(
-    world: &World,
-    at: u64,
-    write: impl FnOnce(&mut CodeAssembler) -> Result<(), vm_accel_guests::IcedError>,
-) -> Vec<u8> {
-    vm_accel_guests::assemble(world.bits, at, write)
-}
-
-/// As [`assemble`], 64-bit.
+/// Assembles 64-bit code for any address.
 pub(crate) fn assemble64(
     at: u64,
     write: impl FnOnce(&mut CodeAssembler) -> Result<(), vm_accel_guests::IcedError>,

@@ -7,7 +7,7 @@ pub(crate) mod machine;
 pub(crate) mod runner;
 mod watch;
 
-pub(crate) use backend::{Backend, Host};
+pub(crate) use backend::Host;
 pub(crate) use machine::Machine;
 pub(crate) use runner::{Case, Exception, Need, Outcome, When};
 

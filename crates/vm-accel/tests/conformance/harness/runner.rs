@@ -10,6 +10,7 @@ use super::watch::Watch;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use vm_accel::{Capabilities, GuestArch};
 
 /// What a case returns.
@@ -78,8 +79,19 @@ pub(crate) struct Exception {
     pub(crate) reason: &'static str,
 }
 
+/// What a test program runs.
+pub(crate) struct Suite {
+    pub(crate) themes: &'static [Theme],
+    pub(crate) exceptions: &'static [Exception],
+    /// How long a case may take.
+    pub(crate) limit: Duration,
+}
+
 /// Runs all themes on all backends.
-pub(crate) fn main(themes: &'static [Theme], exceptions: &'static [Exception]) -> ExitCode {
+pub(crate) fn main(suite: &'static Suite) -> ExitCode {
+    let Suite {
+        themes, exceptions, ..
+    } = suite;
     let args = Arguments::from_args();
     let required = std::env::var("VM_ACCEL_REQUIRE").unwrap_or_default();
     let required: Vec<&str> = required
@@ -93,7 +105,7 @@ pub(crate) fn main(themes: &'static [Theme], exceptions: &'static [Exception]) -
             return ExitCode::FAILURE;
         }
     }
-    for exception in exceptions {
+    for exception in *exceptions {
         let known = themes
             .iter()
             .flat_map(|theme| {
@@ -114,7 +126,7 @@ pub(crate) fn main(themes: &'static [Theme], exceptions: &'static [Exception]) -
     let mut skips = Vec::new();
     for backend in BACKENDS {
         match (backend.probe)() {
-            Ok(caps) => add_backend(backend, &caps, themes, exceptions, &mut trials, &mut skips),
+            Ok(caps) => add_backend(backend, &caps, suite, &mut trials, &mut skips),
             Err(why) => {
                 let required = required.contains(&backend.name);
                 let text = format!("required, but {why}");
@@ -132,7 +144,7 @@ pub(crate) fn main(themes: &'static [Theme], exceptions: &'static [Exception]) -
     let listing = args.list;
     let conclusion = libtest_mimic::run(&args, trials);
     if !listing {
-        for (name, reason) in &skips {
+        for (name, reason) in skips.iter().filter(|(name, _)| is_selected(&args, name)) {
             println!("{name}: skipped: {reason}");
         }
         println!(
@@ -143,14 +155,30 @@ pub(crate) fn main(themes: &'static [Theme], exceptions: &'static [Exception]) -
     conclusion.exit_code()
 }
 
+/// True if the command line does not leave the test out: what is not asked for is not reported as skipped either.
+fn is_selected(args: &Arguments, name: &str) -> bool {
+    let hit = |filter: &String| {
+        if args.exact {
+            name == filter
+        } else {
+            name.contains(filter.as_str())
+        }
+    };
+    args.filter.as_ref().is_none_or(hit) && !args.skip.iter().any(hit)
+}
+
 fn add_backend(
     backend: &'static Backend,
     caps: &Capabilities,
-    themes: &'static [Theme],
-    exceptions: &'static [Exception],
+    suite: &'static Suite,
     trials: &mut Vec<Trial>,
     skips: &mut Vec<(String, String)>,
 ) {
+    let Suite {
+        themes,
+        exceptions,
+        limit,
+    } = suite;
     let emulated_cpu =
         exceptions.iter().any(|e| e.when == When::EmulatedCpu) && cpu_is_emulated(backend);
     let holds = |when| match when {
@@ -171,7 +199,7 @@ fn add_backend(
             };
             let caps = caps.clone();
             let test_name = name.clone();
-            let test = move || run_case(backend, caps, case, &test_name);
+            let test = move || run_case(backend, caps, case, &test_name, *limit);
             trials.push(Trial::test(name.clone(), test).with_ignored_flag(skip.is_some()));
             if let Some(reason) = skip {
                 skips.push((name, reason));
@@ -186,6 +214,7 @@ fn run_case(
     caps: Capabilities,
     case: &Case,
     name: &str,
+    limit: Duration,
 ) -> Result<(), Failed> {
     struct Finish(Arc<Watch>);
     impl Drop for Finish {
@@ -193,7 +222,7 @@ fn run_case(
             self.0.finish();
         }
     }
-    let watch = Arc::new(Watch::new());
+    let watch = Arc::new(Watch::new(limit));
     let host = Host {
         backend,
         caps,

@@ -7,8 +7,6 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use vm_accel::VcpuKick;
 
-/// How long a case may take. Emulated hosts take a hundredth of it for the longest.
-const LIMIT: Duration = Duration::from_secs(30);
 /// How long a kicked case has to give up.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -16,6 +14,7 @@ pub(crate) struct Watch {
     state: Mutex<State>,
     wake: Condvar,
     begun: Instant,
+    limit: Duration,
 }
 
 #[derive(Default)]
@@ -25,11 +24,12 @@ struct State {
 }
 
 impl Watch {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         Self {
             state: Mutex::default(),
             wake: Condvar::new(),
             begun: Instant::now(),
+            limit,
         }
     }
 
@@ -39,7 +39,7 @@ impl Watch {
     }
 
     pub(crate) fn expired(&self) -> bool {
-        self.begun.elapsed() > LIMIT
+        self.begun.elapsed() > self.limit
     }
 
     /// Ends [`Watch::guard`].
@@ -52,15 +52,15 @@ impl Watch {
     pub(crate) fn guard(&self, name: &str) {
         let mut state = self.lock();
         while !state.done {
-            let left = LIMIT.saturating_sub(self.begun.elapsed());
+            let left = self.limit.saturating_sub(self.begun.elapsed());
             if left.is_zero() {
-                if self.begun.elapsed() > LIMIT + GRACE {
+                if self.begun.elapsed() > self.limit + GRACE {
                     eprintln!("{name} hangs and does not react to kicks: the suite ends here");
                     std::process::exit(101);
                 }
                 state.kicks.iter().for_each(VcpuKick::kick);
             }
-            let wait = left.clamp(Duration::from_millis(50), LIMIT);
+            let wait = left.clamp(Duration::from_millis(50), self.limit);
             state = self
                 .wake
                 .wait_timeout(state, wait)
