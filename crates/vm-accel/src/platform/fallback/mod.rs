@@ -154,7 +154,10 @@ impl FallbackVm {
 
     fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         let logged = flags.contains(MemoryFlags::LOG_DIRTY);
-        region.track_dirty(logged);
+        // Never off again: another mapping of the same region may still be logged.
+        if logged {
+            region.track_dirty(true);
+        }
         self.ram.set_dirty_log(gpa, logged).map_err(|_| no_mapping(gpa))
     }
 }
