@@ -2,7 +2,7 @@
 
 use crate::harness::machine::{assemble64, set_up_vcpu};
 use crate::harness::{Host, Machine, Outcome, cases, fail};
-use vm_accel::x86_64::Reg;
+use vm_accel::x86_64::{MpState, Reg, X86Events};
 use vm_accel::{
     AccelError, ExitHandler, GuestRegion, GuestRegs, IrqChip, MemoryFlags, VcpuExit, VcpuResult,
 };
@@ -261,6 +261,8 @@ fn run_after_a_triple_fault(host: &Host) -> Outcome {
         flags: fresh.cpu.rflags,
         ..GuestRegs::default()
     })?;
+    m.x86().set_events(&X86Events::default())?;
+    m.x86().set_mp_state(MpState::Runnable)?;
     m.expect_halted()
 }
 
@@ -275,7 +277,14 @@ fn errors_leave_registers_readable(host: &Host) -> Outcome {
         Err(AccelError::Emulation { pc, .. }) => assert_eq!(pc, layout::MMIO),
         // Some hand it over as an access.
         Ok(VcpuExit::Mmio { addr, is_write, .. }) => {
-            assert_eq!((addr, is_write), (layout::MMIO, false))
+            assert_eq!((addr, is_write), (layout::MMIO, false));
+        }
+        // Some fetch all ones, as from a bus on which nobody answers; that is no instruction.
+        Ok(VcpuExit::Io { port: 0xee, .. }) => {
+            let report = m.report()?;
+            assert_eq!((report.vector, report.ip), (6, layout::MMIO));
+            assert_eq!(m.gpr(Reg::Rbx)?, 0x77);
+            return Ok(());
         }
         other => fail!("run() returned {other:?}"),
     }
