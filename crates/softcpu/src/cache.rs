@@ -28,8 +28,9 @@ pub(crate) struct Link {
     pub(crate) generation: u32,
 }
 
-/// A decoded block.
+/// A decoded block: one cache line, what it was made from is kept apart.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Block {
     pub(crate) rip: u64,
     /// Instructions.
@@ -38,6 +39,13 @@ pub(crate) struct Block {
     pub(crate) links: [Link; 2],
     /// RIP if the last branch is taken, and if not.
     pub(crate) targets: [u64; 2],
+}
+
+const _: () = assert!(size_of::<Block>() == 64);
+
+/// Where a block came from.
+#[derive(Clone, Copy, Debug)]
+struct Origin {
     key: Key,
     len: u16,
 }
@@ -83,6 +91,8 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mix>>;
 /// All blocks of a CPU.
 pub(crate) struct Cache {
     pub(crate) blocks: Vec<Block>,
+    /// Of the block of the same index.
+    origins: Vec<Origin>,
     by_key: Map<Key, u32>,
     by_page: Map<u64, Vec<u32>>,
     jumps: Box<[Jump; JUMPS]>,
@@ -109,6 +119,7 @@ impl Cache {
         };
         Cache {
             blocks: Vec::new(),
+            origins: Vec::new(),
             by_key: Map::default(),
             by_page: Map::default(),
             jumps,
@@ -118,7 +129,7 @@ impl Cache {
     /// The block at `rip` in the current mode, decoded if need be. Raises what fetching raises.
     #[inline]
     pub(crate) fn find(&mut self, core: &mut Core, rip: u64) -> Exec<u32> {
-        let tag = u64::from(core.links) << 32 | u64::from(core.mode);
+        let tag = core.jump_tag;
         let jump = &self.jumps[(rip ^ rip >> 12) as usize & (JUMPS - 1)];
         if jump.rip == rip && jump.tag == tag {
             return Ok(jump.block);
@@ -140,7 +151,7 @@ impl Cache {
             Some(&block) => block,
             None => self.build(core, key)?,
         };
-        let tag = u64::from(core.links) << 32 | u64::from(core.mode);
+        let tag = core.jump_tag;
         self.jumps[(rip ^ rip >> 12) as usize & (JUMPS - 1)] = Jump { rip, tag, block };
         Ok(block)
     }
@@ -181,6 +192,8 @@ impl Cache {
             ops: decoded.ops.into_boxed_slice(),
             links: [Link::default(); 2],
             targets: decoded.targets,
+        });
+        self.origins.push(Origin {
             key,
             len: len as u16,
         });
@@ -212,14 +225,14 @@ impl Cache {
         let Some(ids) = self.by_page.get_mut(&page) else {
             return;
         };
-        let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
+        let (blocks, origins, by_key) = (&mut self.blocks, &self.origins, &mut self.by_key);
         ids.retain(|&id| {
             let block = &mut blocks[id as usize];
+            let Origin { key, len } = origins[id as usize];
             // Marks are per granule, so what shares a granule with the write must go too: its mark is gone.
-            let hit = block.key.gpa < (end + 63) & !63
-                && block.key.gpa + u64::from(block.len) > gpa & !63;
+            let hit = key.gpa < (end + 63) & !63 && key.gpa + u64::from(len) > gpa & !63;
             if hit {
-                by_key.remove(&block.key);
+                by_key.remove(&key);
                 block.ops = Box::new([Op {
                     f: stale,
                     ..Op::nothing(stale)
@@ -237,6 +250,7 @@ impl Cache {
     /// Drops everything; the caller makes links stale.
     pub(crate) fn clear(&mut self) {
         self.blocks.clear();
+        self.origins.clear();
         self.by_key.clear();
         self.by_page.clear();
         self.jumps.fill(Jump {

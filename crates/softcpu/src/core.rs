@@ -70,6 +70,8 @@ pub(crate) struct Core {
     pub(crate) limit: u64,
     /// Key of the mode for cached blocks.
     pub(crate) mode: u32,
+    /// `links` and `mode` together: what a cached jump is valid for.
+    pub(crate) jump_tag: u64,
     /// The current TLB set for data.
     pub(crate) set: Set,
     /// Links between blocks made in an earlier generation must be looked up again.
@@ -201,6 +203,7 @@ impl Core {
             }
         }
         self.mode = mode;
+        self.sync_jump_tag();
         self.sync_set();
     }
 
@@ -263,6 +266,11 @@ impl Core {
     pub(crate) fn bump_links(&mut self) {
         // 0 marks a link that was never made.
         self.links = self.links.checked_add(1).unwrap_or(1);
+        self.sync_jump_tag();
+    }
+
+    fn sync_jump_tag(&mut self) {
+        self.jump_tag = u64::from(self.links) << 32 | u64::from(self.mode);
     }
 
     /// Takes in changes of the memory layout and of dirty logging by other threads.

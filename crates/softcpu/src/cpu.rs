@@ -110,6 +110,7 @@ impl Cpu {
             mode: 0,
             set: Set::Supervisor,
             links: 1,
+            jump_tag: 0,
             alone: false,
             trap: Trap::Nothing,
             watching: false,
@@ -428,10 +429,11 @@ impl Cpu {
         let core = &mut self.core;
         let rip = core.st.rip;
         // Behind MOV SS instruction breakpoints wait, too (SDM vol. 3A, 6.8.3).
-        if !core.replay.resume && !core.st.events.mov_ss_shadow {
-            if let Some(dr6) = core.code_breakpoint(rip) {
-                return self.deliver_exception(Exception::Db(dr6));
-            }
+        if !core.replay.resume
+            && !core.st.events.mov_ss_shadow
+            && let Some(dr6) = core.code_breakpoint(rip)
+        {
+            return self.deliver_exception(Exception::Db(dr6));
         }
         let mut bytes = [0; 15];
         let Ok(n) = self.fetch(rip, &mut bytes) else {

@@ -223,14 +223,23 @@ fn holds<T: Word, const OP: u8, const CC: u8>(cpu: &Core, a: u64, b: u64, r: u64
 /// An operation and the conditional branch behind it.
 fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
+    let memory = if F < RM {
+        0
+    } else if op.am == 0
+        && let Some(value) = cpu.hit_read::<T>(cpu.offset(op))
+    {
+        value
+    } else {
+        return fused_general::<T, OP, F>(cpu, op, CC);
+    };
     let a = if F == MR || F == MI {
-        cpu.load_word::<T>(op)?
+        memory
     } else {
         cpu.reg::<T>(op.d)
     };
     let b = match F {
         RR | MR => cpu.reg::<T>(op.s),
-        RM => cpu.load_word::<T>(op)?,
+        RM => memory,
         _ => T::cut(op.imm),
     };
     let r = compute::<T, OP>(a, b, carry);
@@ -239,6 +248,17 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
         cpu.set_reg::<T>(op.d, r);
     }
     Err(if holds::<T, OP, CC>(cpu, a, b, r) {
+        Leave::Taken
+    } else {
+        Leave::Fall
+    })
+}
+
+/// A comparison with memory that the TLB does not have at hand, and the branch behind it.
+#[inline(never)]
+fn fused_general<T: Word, const OP: u8, const F: u8>(cpu: &mut Core, op: &Op, cc: u8) -> Exec {
+    binary_general::<T, OP, F, false>(cpu, op)?;
+    Err(if cpu.fl.condition(cc) {
         Leave::Taken
     } else {
         Leave::Fall

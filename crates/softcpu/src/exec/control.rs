@@ -72,6 +72,20 @@ fn call_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn jmp_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
+    if M && T::BITS == 64
+        && op.am == 0
+        && let Some(rip) = cpu
+            .hit_read::<T>(cpu.offset(op))
+            .filter(|rip| canonical(*rip))
+    {
+        cpu.st.rip = rip;
+        return Err(Leave::Indirect);
+    }
+    jmp_general::<T, M>(cpu, op)
+}
+
+#[inline(never)]
+fn jmp_general<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let rip = if M {
         cpu.load_word::<T>(op)?
     } else {
