@@ -61,7 +61,7 @@ pub enum VcpuExit {
     /// Nothing happened in the guest: a kick, a signal, or the end of [`VcpuOps::quiesce`].
     Interrupt,
     /// The guest can take an interrupt now; asked for with
-    /// [`X86Vcpu::request_interrupt_window`](crate::x86_64::X86Vcpu::request_interrupt_window).
+    /// [`X86Vcpu::request_interrupt_window`].
     InterruptWindow,
     /// The guest switched itself off (PSCI SYSTEM_OFF and the like).
     Shutdown,

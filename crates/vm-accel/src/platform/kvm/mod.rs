@@ -1,7 +1,7 @@
 //! Linux KVM: the virtual machine. vCPUs are in `vcpu.rs`, what only one architecture has in `x86_64.rs` and `aarch64.rs`,
 //! kicks in `kick.rs`, dirty logging in `dirty.rs`.
 //!
-//! [`KvmVm`] owns the descriptor and every mapping, and is shared by the [`AccelKvm`], its vCPUs and interrupt handles:
+//! `KvmVm` owns the descriptor and every mapping, and is shared by the [`AccelKvm`], its vCPUs and interrupt handles:
 //! guest memory stays mapped in this process as long as anything could still run on it.
 //!
 //! Sources: Linux `Documentation/virt/kvm/api.rst`.
