@@ -195,9 +195,12 @@ impl FallbackVcpu {
         if let Some(vector) = signals.take_eoi() {
             return Some(VcpuExit::EndOfInterrupt { vector });
         }
-        // The CPU itself keeps one that waits.
-        let nmi = signals.nmis != 0 && !self.cpu.get_mut().state().events.nmi;
-        if nmi {
+        // The CPU itself keeps one that waits; while one is being handled no more than that is kept.
+        let events = self.cpu.get_mut().state().events;
+        let nmi = signals.nmis != 0 && !events.nmi;
+        if events.nmi_blocked {
+            signals.nmis = 0;
+        } else if nmi {
             signals.nmis -= 1;
         }
         self.nmi_waits = signals.nmis != 0;
