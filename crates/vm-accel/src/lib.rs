@@ -75,3 +75,8 @@ pub use vcpu_common::{
     BreakOn, DebugEvent, ExitHandler, FromGuestRegs, GuestDebug, HardwareBreakpoint, IoDirection, KickTarget,
     PendingAccess, ToGuestRegs, VcpuExit, VcpuKick, VcpuOps,
 };
+
+/// Compiles and runs what the README shows.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
