@@ -28,6 +28,18 @@ pub enum MachineError {
     /// The guest cannot be put into the machine.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The host has no randomness for the guest.
+    #[error("the host gives no random numbers for the guest: {message}")]
+    Random {
+        /// What the host said.
+        message: String,
+    },
+    /// The device tree cannot be built.
+    #[error("the guest's device tree cannot be built: {message}")]
+    DeviceTree {
+        /// Why.
+        message: String,
+    },
     /// The accelerator refused a part of the machine.
     #[error("{during}: {source}")]
     Accel {

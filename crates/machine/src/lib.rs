@@ -6,9 +6,9 @@
 //! * [`bus`]: address spaces and the devices in them;
 //! * [`control`]: why and how a machine ends;
 //! * [`cpuid`]: what each CPU sees of the machine;
-//! * [`devices`]: the devices of a PC;
+//! * [`devices`]: the devices of the boards;
 //! * [`irq`]: the wire from a device to an interrupt controller;
-//! * [`pc`]: the board that puts them together.
+//! * [`pc`], [`virt`](mod@virt): the boards that put them together, for x86-64 and aarch64 guests.
 //!
 //! Devices and loaders face hostile guests and files: nothing in here may panic, loop or allocate without bound because
 //! of what they supply.
@@ -37,6 +37,7 @@ pub mod pc;
 mod runloop;
 #[cfg(test)]
 mod script;
+pub mod virt;
 
 pub use control::{Control, Failure, Outcome};
 pub use devices::uart::{InputClosed, UartInput};

@@ -34,6 +34,7 @@ use crate::pc::interrupts::{Interrupts, SharedAccel, SplitChips};
 use crate::pc::memory::{ACPI_ADDRESS, ONE_MIB, RamLayout, SHADOW};
 use crate::pc::{self, Board, acpi};
 use crate::runloop::{self, Wiring};
+use crate::virt::{self, fdt};
 
 /// IA32_MTRR_DEF_TYPE (Intel SDM vol. 3, 12.11.2.1).
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -101,10 +102,41 @@ pub struct Machine {
     vcpus: Vec<Box<dyn VcpuOps>>,
     accel: SharedAccel,
     memory: GuestMemory,
-    board: Board,
+    board: AnyBoard,
     control: Control,
-    state: X86BootState,
+    state: BootState,
     protocol: Protocol,
+}
+
+/// The board that belongs to the guest's architecture.
+#[derive(Debug)]
+enum AnyBoard {
+    Pc(Board),
+    Virt(virt::Board),
+}
+
+impl AnyBoard {
+    fn wiring(&self) -> Wiring<'_> {
+        match self {
+            Self::Pc(board) => Wiring {
+                ports: &board.ports,
+                mmio: &board.mmio,
+                chips: board.interrupts.split().map(Arc::as_ref),
+            },
+            Self::Virt(board) => Wiring {
+                ports: &board.ports,
+                mmio: &board.mmio,
+                chips: None,
+            },
+        }
+    }
+
+    fn serial_input(&self) -> UartInput {
+        match self {
+            Self::Pc(board) => UartInput::new(board.uart.clone()),
+            Self::Virt(board) => UartInput::new(board.uart.clone()),
+        }
+    }
 }
 
 impl MemorySink for &GuestMemory {
@@ -120,7 +152,8 @@ impl MemorySink for &GuestMemory {
 }
 
 impl Machine {
-    /// Builds a board `pc` on `accel`, a fresh virtual machine, and puts `guest` into it.
+    /// Builds a board on `accel`, a fresh virtual machine, and puts `guest` into it: [`pc`] for x86-64 guests,
+    /// [`virt`](mod@virt) for aarch64 ones.
     ///
     /// `serial` takes what the guest writes to its serial port, byte by byte; if it blocks, the guest waits, and if it
     /// fails, the machine ends.
@@ -131,28 +164,126 @@ impl Machine {
     /// # Errors
     /// [`MachineError`], if the machine cannot be as `config` asks, or `guest` is nothing that it can boot.
     pub fn new(
+        accel: Box<dyn Accel>,
+        config: &MachineConfig,
+        guest: &Guest<'_>,
+        serial: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        match accel.capabilities().guest_arch {
+            GuestArch::X86_64 => Self::pc(accel, config, guest, serial),
+            GuestArch::Aarch64 => Self::virt(accel, config, guest, serial),
+        }
+    }
+
+    /// Refuses a number of CPUs that the board or the accelerator cannot have.
+    fn check_cpus(accel: &dyn Accel, count: u32, most: u32) -> Result<(), MachineError> {
+        let capabilities = accel.capabilities();
+        let most = most
+            .min(capabilities.max_vcpus)
+            .min(capabilities.max_vcpu_id);
+        if (1..=most).contains(&count) {
+            Ok(())
+        } else {
+            Err(MachineError::Cpus { count, most })
+        }
+    }
+
+    /// Gives the guest its RAM.
+    fn map_ram(accel: &mut dyn Accel, memory: &GuestMemory) -> Result<(), MachineError> {
+        for (gpa, region) in memory.regions() {
+            accel
+                .map_memory(gpa, &region, MemoryFlags::RAM)
+                .map_err(MachineError::accel("giving the guest its memory"))?;
+        }
+        Ok(())
+    }
+
+    fn create_vcpus(
+        accel: &SharedAccel,
+        count: u32,
+    ) -> Result<Vec<Box<dyn VcpuOps>>, MachineError> {
+        let create = |id| lock(accel).create_vcpu(id);
+        (0..count)
+            .map(|id| create(id).map_err(MachineError::accel("creating a vCPU")))
+            .collect()
+    }
+
+    /// Builds a board `virt`.
+    fn virt(
         mut accel: Box<dyn Accel>,
         config: &MachineConfig,
         guest: &Guest<'_>,
         serial: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
+        Self::check_cpus(accel.as_ref(), config.cpus, virt::MAX_CPUS)?;
+        let map = virt::memory_map(config.memory, accel.capabilities().guest_phys_bits)?;
+        let plan = BootRequest {
+            kind: guest.kind,
+            name: guest.name,
+            cmdline: guest.cmdline,
+            modules: guest.modules,
+            flat_address: guest.flat_address,
+            ..BootRequest::new(GuestArch::Aarch64, guest.image, &map)
+        }
+        .plan()?;
+        let during = MachineError::accel("creating the interrupt controllers");
+        accel
+            .create_irqchip(config.irqchip.unwrap_or(IrqChip::Kernel))
+            .map_err(&during)?;
+        let gic = accel.gic().map_err(&during)?;
+
+        let memory = virt::allocate(config.memory)?;
+        let write = MachineError::accel("writing the guest to its memory");
+        plan.load(&mut &memory).map_err(&write)?;
+        if let Some(place) = &plan.device_tree {
+            let mut seed = [0; fdt::SEED_LEN];
+            getrandom::fill(&mut seed).map_err(|error| MachineError::Random {
+                message: error.to_string(),
+            })?;
+            let tree = fdt::build(&fdt::Description {
+                memory: config.memory,
+                cpus: config.cpus,
+                gic,
+                cmdline: guest.cmdline,
+                initrd: plan.initrd.clone(),
+                seed,
+            })
+            .map_err(|error| MachineError::DeviceTree {
+                message: error.to_string(),
+            })?;
+            let room = place.end - place.start;
+            if tree.len() as u64 > room {
+                let message = format!("{} bytes are more than {room}", tree.len());
+                return Err(MachineError::DeviceTree { message });
+            }
+            memory.write(place.start, &tree).map_err(&write)?;
+        }
+        Self::map_ram(accel.as_mut(), &memory)?;
+
+        let control = Control::new();
+        let interrupts = accel.irq_handle().map_err(&during)?;
+        let board = virt::Board::new(interrupts, serial, &control)?;
+        let accel: SharedAccel = Arc::new(Mutex::new(accel));
+        Ok(Self {
+            vcpus: Self::create_vcpus(&accel, config.cpus)?,
+            accel,
+            memory,
+            board: AnyBoard::Virt(board),
+            control,
+            state: plan.state,
+            protocol: plan.protocol,
+        })
+    }
+
+    /// Builds a board `pc`.
+    fn pc(
+        mut accel: Box<dyn Accel>,
+        config: &MachineConfig,
+        guest: &Guest<'_>,
+        serial: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        Self::check_cpus(accel.as_ref(), config.cpus, pc::MAX_CPUS)?;
         let capabilities = accel.capabilities();
-        if capabilities.guest_arch != GuestArch::X86_64 {
-            let what = "the board pc, which needs x86-64 guests,";
-            return Err(MachineError::accel("building the board")(
-                accel.unsupported(what),
-            ));
-        }
-        let most = capabilities
-            .max_vcpus
-            .min(capabilities.max_vcpu_id)
-            .min(pc::MAX_CPUS);
-        if config.cpus == 0 || config.cpus > most {
-            return Err(MachineError::Cpus {
-                count: config.cpus,
-                most,
-            });
-        }
         let irqchip = config.irqchip.unwrap_or(match capabilities {
             caps if caps.kernel_irqchip => IrqChip::Kernel,
             caps if caps.split_irqchip => IrqChip::Split,
@@ -171,20 +302,9 @@ impl Machine {
             ..BootRequest::new(GuestArch::X86_64, guest.image, &map)
         }
         .plan()?;
-        let BootState::X86(state) = plan.state else {
-            let what = "the board pc, for a guest that is not x86-64,";
-            return Err(MachineError::accel("building the board")(
-                accel.unsupported(what),
-            ));
-        };
-
         let memory = ram.allocate()?;
         fill_memory(&memory, &plan, config.cpus)?;
-        for (gpa, region) in memory.regions() {
-            accel
-                .map_memory(gpa, &region, MemoryFlags::RAM)
-                .map_err(MachineError::accel("giving the guest its memory"))?;
-        }
+        Self::map_ram(accel.as_mut(), &memory)?;
         for (gpa, region) in roms(&plan)? {
             accel
                 .map_memory(gpa, &region, MemoryFlags::ROM)
@@ -199,20 +319,13 @@ impl Machine {
         let interrupts = Interrupts::new(&accel, irqchip, &control)
             .map_err(MachineError::accel("creating the interrupt controllers"))?;
         let board = Board::new(ram, &map, config.cpus, interrupts, serial, &control)?;
-        let vcpus = (0..config.cpus)
-            .map(|id| {
-                lock(&accel)
-                    .create_vcpu(id)
-                    .map_err(MachineError::accel("creating a vCPU"))
-            })
-            .collect::<Result<_, _>>()?;
         Ok(Self {
-            vcpus,
+            vcpus: Self::create_vcpus(&accel, config.cpus)?,
             accel,
             memory,
-            board,
+            board: AnyBoard::Pc(board),
             control,
-            state,
+            state: plan.state,
             protocol: plan.protocol,
         })
     }
@@ -226,13 +339,16 @@ impl Machine {
     /// The host's end of the serial port's receive line.
     #[must_use]
     pub fn serial_input(&self) -> UartInput {
-        UartInput::new(self.board.uart.clone())
+        self.board.serial_input()
     }
 
     /// The power button, with which the host asks the guest's operating system to shut down.
     #[must_use]
     pub fn power_button(&self) -> PowerButton {
-        PowerButton(self.board.pm.clone())
+        PowerButton(match &self.board {
+            AnyBoard::Pc(board) => Some(board.pm.clone()),
+            AnyBoard::Virt(_) => None,
+        })
     }
 
     /// The guest's memory.
@@ -262,10 +378,11 @@ impl Machine {
             state,
             ..
         } = self;
-        let outcome = run_vcpus(vcpus, &board, &control, limit, |vcpu, cpus| {
-            set_up(vcpu, &state, cpus)
+        let outcome = run_vcpus(vcpus, &board, &control, limit, |vcpu, cpus| match &state {
+            BootState::X86(state) => set_up(vcpu, state, cpus),
+            BootState::Aarch64(regs) => virt::set_up(vcpu, regs),
         });
-        UartInput::new(board.uart.clone()).close();
+        board.serial_input().close();
         drop((accel, memory));
         outcome
     }
@@ -284,12 +401,14 @@ impl fmt::Debug for Machine {
 
 /// The power button of a machine.
 #[derive(Debug, Clone)]
-pub struct PowerButton(Arc<Mutex<AcpiPm>>);
+pub struct PowerButton(Option<Arc<Mutex<AcpiPm>>>);
 
 impl PowerButton {
-    /// Presses it. A guest without ACPI does not notice.
+    /// Presses it. A guest without ACPI does not notice; the board `virt` has none.
     pub fn press(&self) {
-        lock(&self.0).press_power_button();
+        if let Some(pm) = &self.0 {
+            lock(pm).press_power_button();
+        }
     }
 }
 
@@ -386,18 +505,14 @@ impl Gate {
 /// Runs each of `vcpus` in a thread of its own, after `set_up`, until the machine of `control` has ended.
 fn run_vcpus(
     vcpus: Vec<Box<dyn VcpuOps>>,
-    board: &Board,
+    board: &AnyBoard,
     control: &Control,
     limit: Option<Duration>,
     set_up: impl Fn(&mut dyn VcpuOps, u32) -> Result<(), AccelError> + Sync,
 ) -> Outcome {
     let cpus = u32::try_from(vcpus.len()).unwrap_or(u32::MAX);
-    let chips = board.interrupts.split().map(Arc::as_ref);
-    let wiring = Wiring {
-        ports: &board.ports,
-        mmio: &board.mmio,
-        chips,
-    };
+    let wiring = board.wiring();
+    let chips = wiring.chips;
     let (gate, (ready, all_ready)) = (Gate::default(), mpsc::channel::<()>());
     thread::scope(|scope| {
         let mut kicks: Vec<VcpuKick> = Vec::new();

@@ -27,7 +27,7 @@ fn run_scripts(
         .zip(scripts)
         .map(|(id, steps)| Box::new(Script::new(id, steps)) as Box<dyn VcpuOps>)
         .collect();
-    run_vcpus(vcpus, &board, control, limit, set_up)
+    run_vcpus(vcpus, &AnyBoard::Pc(board), control, limit, set_up)
 }
 
 fn out(port: u16, value: u8) -> Step {

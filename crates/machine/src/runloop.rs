@@ -3,6 +3,7 @@
 //! It must leave whenever the machine's [`Control`] says so, and put into it every reason of its own; it never unwinds
 //! or panics on what a guest does.
 
+use vm_accel::aarch64;
 use vm_accel::x86_64::Reg;
 use vm_accel::{AccelError, IoDirection, VcpuExit, VcpuOps};
 
@@ -12,6 +13,8 @@ use crate::pc::interrupts::{Offer, SplitChips};
 
 /// What a call that no hypervisor implements leaves in RAX: KVM's `-KVM_ENOSYS` (Linux `uapi/linux/kvm_para.h`).
 const NO_SUCH_HYPERCALL: u64 = (-1000i64) as u64;
+/// What it leaves in X0: NOT_SUPPORTED (Arm DEN0028, "Return Codes").
+const NOT_SUPPORTED: u64 = (-1i64) as u64;
 
 /// What the exits of a guest lead to.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +110,10 @@ fn serve(
         VcpuExit::Interrupt | VcpuExit::InterruptWindow => {}
         VcpuExit::SystemCall => {
             let mut regs = vcpu.get_regs()?;
-            regs.gpr[Reg::Rax as usize] = NO_SUCH_HYPERCALL;
+            match vcpu.as_aarch64() {
+                Some(_) => regs.gpr[aarch64::Reg::X0 as usize] = NOT_SUPPORTED,
+                None => regs.gpr[Reg::Rax as usize] = NO_SUCH_HYPERCALL,
+            }
             vcpu.set_regs(&regs)?;
         }
         VcpuExit::Msr { .. } => vcpu.fail_access()?,

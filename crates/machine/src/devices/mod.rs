@@ -1,4 +1,4 @@
-//! Devices of the board `pc`. Each is a [`BusDevice`](crate::bus::BusDevice) that knows nothing of the bus it sits on,
+//! Devices of the boards. Each is a [`BusDevice`](crate::bus::BusDevice) that knows nothing of the bus it sits on,
 //! of vCPUs or of any accelerator: its surroundings are an interrupt pin, the machine's end or a byte sink.
 
 pub mod acpi_pm;
@@ -9,6 +9,8 @@ pub mod i8042;
 pub mod ioapic;
 pub mod pic;
 pub mod pit;
+pub mod pl011;
+pub mod pl031;
 pub mod rtc;
 pub mod testdev;
 pub mod uart;

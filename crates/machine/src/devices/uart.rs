@@ -99,7 +99,7 @@ pub struct Uart {
     /// `None` once a write failed: it is not asked again.
     sink: Option<Box<dyn Write + Send>>,
     on_sink_error: Box<dyn FnMut(std::io::Error) + Send>,
-    room: Arc<Condvar>,
+    room: Arc<Room>,
     input_closed: bool,
 }
 
@@ -129,7 +129,7 @@ impl Uart {
             irq,
             sink: Some(sink),
             on_sink_error: Box::new(on_sink_error),
-            room: Arc::new(Condvar::new()),
+            room: Arc::default(),
             input_closed: false,
         }
     }
@@ -329,7 +329,9 @@ impl Uart {
         self.update();
     }
 
-    /// Takes as many bytes of `input` as there is room for, and answers how many.
+}
+
+impl SerialPort for Uart {
     fn receive(&mut self, input: &[u8]) -> usize {
         if self.input_closed {
             return 0;
@@ -338,6 +340,14 @@ impl Uart {
         self.queue.extend(&input[..taken]);
         self.update();
         taken
+    }
+
+    fn room(&self) -> Arc<Room> {
+        self.room.clone()
+    }
+
+    fn input_closed(&mut self) -> &mut bool {
+        &mut self.input_closed
     }
 }
 
@@ -375,11 +385,61 @@ impl fmt::Debug for Uart {
     }
 }
 
-/// The host's end of the receive line. Clones feed the same UART.
-#[derive(Debug, Clone)]
+/// Tells whoever waits for a serial port that it may have room again.
+#[derive(Debug, Default)]
+pub struct Room {
+    changes: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Room {
+    /// Wakes everybody who waits.
+    pub fn notify_all(&self) {
+        let mut changes = lock(&self.changes);
+        *changes = changes.wrapping_add(1);
+        self.changed.notify_all();
+    }
+
+    /// A mark to wait from: nothing that happens after this is missed.
+    fn mark(&self) -> u64 {
+        *lock(&self.changes)
+    }
+
+    /// Waits until something happened since `mark`.
+    fn wait(&self, mark: u64) {
+        let mut changes = lock(&self.changes);
+        while *changes == mark {
+            changes = self
+                .changed
+                .wait(changes)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A serial port that the host can feed.
+pub trait SerialPort: Send {
+    /// Takes as many bytes of `input` as there is room for, and answers how many: none once input is closed.
+    fn receive(&mut self, input: &[u8]) -> usize;
+
+    /// What is notified when there is room again.
+    fn room(&self) -> Arc<Room>;
+
+    /// Whether input is closed.
+    fn input_closed(&mut self) -> &mut bool;
+}
+
+/// The host's end of the receive line. Clones feed the same serial port.
+#[derive(Clone)]
 pub struct UartInput {
-    uart: Arc<Mutex<Uart>>,
-    room: Arc<Condvar>,
+    uart: Arc<Mutex<dyn SerialPort>>,
+    room: Arc<Room>,
+}
+
+impl fmt::Debug for UartInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UartInput").finish_non_exhaustive()
+    }
 }
 
 /// The UART takes no more input: the machine has ended.
@@ -390,8 +450,8 @@ pub struct InputClosed;
 impl UartInput {
     /// The input of `uart`.
     #[must_use]
-    pub fn new(uart: Arc<Mutex<Uart>>) -> Self {
-        let room = lock(&uart).room.clone();
+    pub fn new(uart: Arc<Mutex<dyn SerialPort>>) -> Self {
+        let room = lock(&uart).room();
         Self { uart, room }
     }
 
@@ -406,22 +466,25 @@ impl UartInput {
     /// # Errors
     /// [`InputClosed`] when [`close`](Self::close) was called, now or while it waits.
     pub fn send(&self, mut input: &[u8]) -> Result<(), InputClosed> {
-        let mut uart = lock(&self.uart);
         loop {
-            if uart.input_closed {
-                return Err(InputClosed);
+            let mark = self.room.mark();
+            {
+                let mut uart = lock(&self.uart);
+                if *uart.input_closed() {
+                    return Err(InputClosed);
+                }
+                input = &input[uart.receive(input)..];
             }
-            input = &input[uart.receive(input)..];
             if input.is_empty() {
                 return Ok(());
             }
-            uart = self.room.wait(uart).unwrap_or_else(PoisonError::into_inner);
+            self.room.wait(mark);
         }
     }
 
     /// Ends input: whoever waits in [`send`](Self::send) returns. What the guest has not read yet stays readable.
     pub fn close(&self) {
-        lock(&self.uart).input_closed = true;
+        *lock(&self.uart).input_closed() = true;
         self.room.notify_all();
     }
 }
