@@ -179,6 +179,8 @@ impl Cache {
                 // Write pointers to this page were cached while it was plain data.
                 core.tlb.flush_all();
             }
+            // Other CPUs may have waited for this one meanwhile.
+            core.take_in();
             let mut again = [0; MAX_BYTES];
             core.code_bytes(region, key.gpa, &mut again[..len]);
             if again[..len] == bytes[..len] {

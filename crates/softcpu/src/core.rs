@@ -91,6 +91,8 @@ pub(crate) struct Core {
     pub(crate) itlb: Box<[ItlbEntry; 64]>,
     pub(crate) ram: Arc<Ram>,
     pub(crate) layout: Arc<Layout>,
+    /// The epoch of `ram` that `layout` and the TLB belong to.
+    pub(crate) epoch: u64,
     pub(crate) remote: Arc<Remote>,
     pub(crate) bus: Box<dyn Bus>,
     pub(crate) cpuid: CpuidPolicy,
@@ -273,14 +275,18 @@ impl Core {
         self.jump_tag = u64::from(self.links) << 32 | u64::from(self.mode);
     }
 
-    /// Takes in changes of the memory layout and of dirty logging by other threads.
-    pub(crate) fn sync_epoch(&mut self) {
+    /// Takes in changes of the memory layout and of dirty logging by other threads, and says so. Only between blocks.
+    pub(crate) fn take_in(&mut self) {
+        let round = self.ram.round();
         let epoch = self.ram.epoch();
-        self.layout = self.ram.layout();
-        self.flush_tlb(true);
+        if epoch != self.epoch {
+            self.epoch = epoch;
+            self.layout = self.ram.layout();
+            self.flush_tlb(true);
+        }
         self.remote
             .seen
-            .store(epoch, std::sync::atomic::Ordering::SeqCst);
+            .store(round, std::sync::atomic::Ordering::SeqCst);
     }
 
     /// XMM register `index` (0 to 15).

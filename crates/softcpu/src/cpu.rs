@@ -118,6 +118,8 @@ impl Cpu {
             replay: Replay::default(),
             code_writes: Vec::new(),
             itlb: Box::new([ItlbEntry::EMPTY; 64]),
+            // Older than any: taken in below.
+            epoch: u64::MAX,
             layout: ram.layout(),
             ram,
             remote,
@@ -127,7 +129,7 @@ impl Cpu {
             debug: GuestDebug::default(),
         };
         core.sync_all();
-        core.sync_epoch();
+        core.take_in();
         Cpu {
             core,
             cache: Cache::new(),
@@ -152,11 +154,9 @@ impl Cpu {
     /// not answered, the same exit is returned again.
     pub fn run(&mut self, budget: u64) -> Exit {
         let end = self.core.icount.saturating_add(budget);
-        // SeqCst pairs with `Ram::synchronize`: either it sees us running, or we see its epoch.
+        // SeqCst pairs with `Ram::synchronize`: either it sees us running, or we see its round.
         self.core.remote.running.store(true, Ordering::SeqCst);
-        if self.core.ram.epoch() != self.core.remote.seen.load(Ordering::SeqCst) {
-            self.core.sync_epoch();
-        }
+        self.core.take_in();
         let exit = self.run_to(end);
         self.core.remote.running.store(false, Ordering::SeqCst);
         self.core.st.rflags = self.core.rflags();
@@ -173,10 +173,11 @@ impl Cpu {
             self.core.replay.answer(&[]);
         }
         loop {
-            if self.core.remote.wake.load(Ordering::Relaxed)
-                && self.attend()
-                && !self.core.replay.resume
-            {
+            if self.core.remote.wake.load(Ordering::Relaxed) {
+                self.attend();
+            }
+            // A kick in the middle of an instruction waits for its end; Acquire: what the kicker did before is visible.
+            if !self.core.replay.resume && self.core.remote.kicked.swap(false, Ordering::Acquire) {
                 return Exit::Kicked;
             }
             let pause = if self.core.st.events.shutdown {
@@ -207,15 +208,13 @@ impl Cpu {
         }
     }
 
-    /// Takes in what other threads asked for. Answers whether the owner kicked.
-    fn attend(&mut self) -> bool {
+    /// Takes in what other threads asked for, except kicks.
+    fn attend(&mut self) {
         self.poll = true;
         let remote = self.core.remote.clone();
         // Acquire: what was done before the wake is visible.
         remote.wake.swap(false, Ordering::AcqRel);
-        if self.core.ram.epoch() != remote.seen.load(Ordering::SeqCst) {
-            self.core.sync_epoch();
-        }
+        self.core.take_in();
         let stale = std::mem::take(
             &mut *remote
                 .stale
@@ -225,7 +224,6 @@ impl Cpu {
         for (gpa, len) in stale {
             self.cache.invalidate(gpa, len);
         }
-        remote.kicked.swap(false, Ordering::AcqRel)
     }
 
     /// Whether each instruction must be looked at on its own.
@@ -547,6 +545,8 @@ impl Cpu {
             dr6 |= 1 << 14;
         }
         if dr6 != 0 && !shadow && exit.is_none() && deliver {
+            // A debug trap ends HLT (SDM vol. 2A, HLT).
+            core.st.events.halted = false;
             return self.deliver_exception(Exception::Db(dr6));
         }
         match exit {
@@ -611,7 +611,7 @@ impl Cpu {
         }
         let end = self.core.icount;
         self.core.remote.running.store(true, Ordering::SeqCst);
-        self.core.sync_epoch();
+        self.core.take_in();
         let exit = self.run_to(end);
         self.core.remote.running.store(false, Ordering::SeqCst);
         self.core.st.rflags = self.core.rflags();

@@ -532,6 +532,29 @@ fn kicks_are_sticky_and_coalesce() {
 }
 
 #[test]
+fn a_kick_in_the_middle_of_an_instruction_is_not_lost() {
+    let mut m = machine();
+    // mov al, [DEVICE]; jmp $
+    m.code(&[0x8a, 0x04, 0x25, 0, 0, 0x20, 0, 0xeb, 0xfe]);
+    assert_eq!(
+        m.cpu.run(100),
+        Exit::Mmio {
+            gpa: DEVICE,
+            size: 1,
+            write: false
+        }
+    );
+    m.cpu.kick_handle().kick();
+    assert!(m.cpu.complete_read(&[7]));
+    assert_eq!(m.cpu.run(100), Exit::Kicked);
+    assert_eq!(
+        m.cpu.state().rip,
+        CODE + 7,
+        "the instruction was finished first"
+    );
+}
+
+#[test]
 fn interrupts_wait_for_the_shadow_of_sti() {
     let mut m = with_tables();
     m.cpu = {

@@ -122,7 +122,7 @@ pub(crate) struct Remote {
     pub(crate) kicked: AtomicBool,
     /// Inside `run`: it may hold host pointers.
     pub(crate) running: AtomicBool,
-    /// The last epoch whose changes the CPU has taken in.
+    /// The last round that the CPU has passed.
     pub(crate) seen: AtomicU64,
     /// Ranges of code that were written: `(gpa, length)`.
     pub(crate) stale: Mutex<Vec<(u64, u64)>>,
@@ -156,7 +156,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Default)]
 pub struct Ram {
     layout: RwLock<Arc<Layout>>,
+    /// Counts changes after which CPUs must drop what they cached.
     epoch: AtomicU64,
+    /// Counts calls of `synchronize`.
+    round: AtomicU64,
     cpus: Mutex<Vec<Arc<Remote>>>,
     /// Serialises changes (not the CPUs).
     change: Mutex<()>,
@@ -244,13 +247,13 @@ impl Ram {
         let gone = regions.remove(at);
         self.replace(regions);
         self.invalidate_code(gone.gpa, gone.size);
-        self.synchronize(None);
+        self.synchronize(None, true);
         Ok(())
     }
 
     fn replace(&self, regions: Vec<Arc<Region>>) {
         *self.layout.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Layout { regions });
-        self.synchronize(None);
+        self.synchronize(None, true);
     }
 
     pub(crate) fn layout(&self) -> Arc<Layout> {
@@ -276,7 +279,7 @@ impl Ram {
             .iter()
             .for_each(|word| word.store(0, Ordering::Relaxed));
         region.log.store(on, Ordering::SeqCst);
-        self.synchronize(None);
+        self.synchronize(None, true);
         Ok(())
     }
 
@@ -299,7 +302,7 @@ impl Ram {
             .iter()
             .map(|word| word.swap(0, Ordering::SeqCst))
             .collect();
-        self.synchronize(None);
+        self.synchronize(None, true);
         Ok(bits)
     }
 
@@ -348,7 +351,7 @@ impl Ram {
         if before & mask != mask && lock(&self.cpus).len() > 1 {
             // Another CPU may be in the middle of a write that it believes to be to plain data. Once it has passed a block
             // end, its write is visible here and its next one looks at the mark.
-            self.synchronize(Some(me));
+            self.synchronize(Some(me), before == 0);
         }
         before == 0
     }
@@ -366,11 +369,18 @@ impl Ram {
         lock(&self.cpus).retain(|other| !Arc::ptr_eq(other, cpu));
     }
 
-    /// Waits until every running CPU has dropped what it cached before this call. `me` is the CPU that calls, which drops
-    /// its own caches when it sees the new epoch before it runs on.
-    pub(crate) fn synchronize(&self, me: Option<&Remote>) {
-        // SeqCst pairs with `running` in `Cpu::run`: either the CPU sees the new epoch when it starts, or we see it running.
-        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+    /// The current round.
+    pub(crate) fn round(&self) -> u64 {
+        self.round.load(Ordering::SeqCst)
+    }
+
+    /// Waits until every running CPU has passed a block end, and with `flush` has dropped what it cached, since this call. `me` is
+    /// the CPU that calls, which takes in the new epoch itself before it runs on.
+    pub(crate) fn synchronize(&self, me: Option<&Remote>, flush: bool) {
+        // The epoch before the round: who sees the round sees the epoch. SeqCst pairs with `running` in `Cpu::run`: either the
+        // CPU sees the new round when it starts, or we see it running.
+        self.epoch.fetch_add(u64::from(flush), Ordering::SeqCst);
+        let round = self.round.fetch_add(1, Ordering::SeqCst) + 1;
         let cpus = lock(&self.cpus).clone();
         for cpu in &cpus {
             if me.is_some_and(|me| std::ptr::eq(me, Arc::as_ptr(cpu))) {
@@ -378,10 +388,11 @@ impl Ram {
             }
             cpu.wake.store(true, Ordering::SeqCst);
             let mut spins = 0u32;
-            while cpu.running.load(Ordering::SeqCst) && cpu.seen.load(Ordering::SeqCst) < epoch {
+            while cpu.running.load(Ordering::SeqCst) && cpu.seen.load(Ordering::SeqCst) < round {
                 if let Some(me) = me {
-                    // Two CPUs may wait for each other: this one is between blocks, so it has nothing in hand.
-                    me.seen.store(self.epoch(), Ordering::SeqCst);
+                    // Two CPUs may wait for each other: this one is between blocks, with no pointer in hand, and takes in
+                    // the epoch before its next block.
+                    me.seen.store(self.round(), Ordering::SeqCst);
                 }
                 spins += 1;
                 if spins.is_multiple_of(64) {
