@@ -179,7 +179,7 @@ impl Assembler {
         self.words.push(word);
     }
 
-    fn to_label(&mut self, word: u32, label: Label, field: Field) {
+    fn branch_to(&mut self, word: u32, label: Label, field: Field) {
         self.uses.push((self.words.len(), label, field));
         self.word(word);
     }
@@ -228,27 +228,27 @@ impl Assembler {
 
     /// `xd = address of label`
     pub fn adr(&mut self, d: u8, label: Label) {
-        self.to_label(0x1000_0000 | reg(d), label, Field::Address21);
+        self.branch_to(0x1000_0000 | reg(d), label, Field::Address21);
     }
 
     /// Jumps.
     pub fn b(&mut self, label: Label) {
-        self.to_label(0x1400_0000, label, Field::Branch26);
+        self.branch_to(0x1400_0000, label, Field::Branch26);
     }
 
     /// Jumps if the flags say so.
     pub fn b_if(&mut self, cond: Cond, label: Label) {
-        self.to_label(0x5400_0000 | cond as u32, label, Field::Branch19);
+        self.branch_to(0x5400_0000 | cond as u32, label, Field::Branch19);
     }
 
     /// Jumps if `xt` is zero.
     pub fn cbz(&mut self, t: u8, label: Label) {
-        self.to_label(0xb400_0000 | reg(t), label, Field::Branch19);
+        self.branch_to(0xb400_0000 | reg(t), label, Field::Branch19);
     }
 
     /// Jumps if `xt` is not zero.
     pub fn cbnz(&mut self, t: u8, label: Label) {
-        self.to_label(0xb500_0000 | reg(t), label, Field::Branch19);
+        self.branch_to(0xb500_0000 | reg(t), label, Field::Branch19);
     }
 
     /// Jumps to the address in `xn`.
