@@ -121,7 +121,7 @@ pub(super) fn capabilities(kvm: &Kvm, fd: &VmFd, caps: &mut Capabilities) -> Vcp
 
 /// What only this architecture keeps per virtual machine.
 #[derive(Debug, Default)]
-pub(super) struct VmArch;
+pub(super) struct VmArch {}
 
 /// The machine type for KVM_CREATE_VM.
 pub(super) fn vm_type(_kvm: &Kvm) -> u64 {
@@ -208,7 +208,8 @@ pub(super) struct VcpuArch {
     synced: Cell<bool>,
     /// They were changed there.
     dirty: Cell<bool>,
-    single_step: bool,
+    /// What single stepping was switched on with, while it is on.
+    single_step: Option<kb::kvm_guest_debug>,
 }
 
 impl VcpuArch {
@@ -218,7 +219,7 @@ impl VcpuArch {
             xsave_size: vm.caps.xsave_size,
             synced: Cell::new(false),
             dirty: Cell::new(false),
-            single_step: false,
+            single_step: None,
         }
     }
 }
@@ -288,7 +289,7 @@ impl KvmVcpu {
     #[inline]
     pub(super) fn arch_set_regs(&mut self, regs: &GuestRegs) -> VcpuResult<()> {
         let regs = kb::kvm_regs::from_guest_regs(regs)?;
-        if self.arch.synced.get() && !self.arch.single_step {
+        if self.arch.synced.get() && self.arch.single_step.is_none() {
             let run = self.run_area_mut();
             run.s.regs.regs = regs;
             run.kvm_dirty_regs = u64::from(kb::KVM_SYNC_X86_REGS);
@@ -296,7 +297,14 @@ impl KvmVcpu {
             return Ok(());
         }
         self.arch.synced.set(false);
-        self.fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))
+        self.fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
+        if let Some(debug) = &self.arch.single_step {
+            // The kernel has cleared the trap flag: it keeps it only if RIP is where stepping was switched on.
+            self.fd
+                .set_guest_debug(debug)
+                .map_err(refused("KVM_SET_GUEST_DEBUG"))?;
+        }
+        Ok(())
     }
 
     /// Gives registers that were left in the run area to the kernel, before something that must come after them.
@@ -345,7 +353,7 @@ impl KvmVcpu {
         self.fd
             .set_guest_debug(&theirs)
             .map_err(refused("KVM_SET_GUEST_DEBUG"))?;
-        self.arch.single_step = debug.single_step;
+        self.arch.single_step = debug.single_step.then_some(theirs);
         Ok(())
     }
 
