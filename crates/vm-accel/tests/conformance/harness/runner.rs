@@ -179,11 +179,9 @@ fn add_backend(
         exceptions,
         limit,
     } = suite;
-    let emulated_cpu =
-        exceptions.iter().any(|e| e.when == When::EmulatedCpu) && cpu_is_emulated(backend);
     let holds = |when| match when {
         When::InterpretedRing0 => caps.emulates_ring0 == Some(true),
-        When::EmulatedCpu => emulated_cpu,
+        When::EmulatedCpu => backend.native && cpu_is_emulated(),
     };
     for theme in themes.iter().filter(|theme| theme.arch == caps.guest_arch) {
         for case in theme.cases {
