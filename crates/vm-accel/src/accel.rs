@@ -377,7 +377,8 @@ pub trait Accel: fmt::Debug + Send + Sync {
 
     /// Creates the interrupt controllers. Must precede the first vCPU and may be called once.
     ///
-    /// On aarch64 the number of vCPUs is final when the first of them runs or the first interrupt is raised.
+    /// On aarch64 the number of vCPUs is final when the first of them runs, or the first interrupt is raised or bound to an
+    /// event.
     ///
     /// # Errors
     /// [`AccelError::Unsupported`] if the platform has no such arrangement, [`AccelError::InvalidArgument`] if vCPUs or
