@@ -345,7 +345,7 @@ impl World {
     /// Adds the program, at [`layout::CODE`].
     ///
     /// # Panics
-    /// As [`assemble`](crate::assemble), or if it is larger than 32 KiB.
+    /// As [`assemble`], or if it is larger than 32 KiB.
     #[must_use]
     pub fn code(self, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Self {
         let code = assemble(self.bits, layout::CODE, write);
