@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 use vm_accel::AccelKind;
-use vm_accel_machine::boot::{BootKind, DEFAULT_FLAT_ADDRESS};
+use vm_accel_machine::boot::BootKind;
 
 /// Boots guests on KVM, Hypervisor.framework, Windows Hypervisor Platform or a software CPU.
 #[derive(Debug, Parser)]
@@ -31,23 +31,11 @@ pub(crate) struct RunArgs {
     /// Initial RAM disk (multiboot: the first module).
     #[arg(long, short, value_name = "FILE", alias = "initramfs")]
     pub(crate) initrd: Option<PathBuf>,
-    /// Command line of the kernel [default: console=ttyS0, where the boot protocol has a command line]
-    #[arg(
-        long,
-        short = 'p',
-        value_name = "TEXT",
-        alias = "append",
-        alias = "params"
-    )]
+    /// Command line of the kernel [default: its console on the serial port, where the boot protocol has a command line]
+    #[arg(long, short = 'p', value_name = "TEXT", alias = "append", alias = "params")]
     pub(crate) cmdline: Option<String>,
     /// RAM: bytes, or with a suffix K, M, G or T (powers of 1024).
-    #[arg(
-        long,
-        short,
-        value_name = "SIZE",
-        default_value = "512M",
-        alias = "mem"
-    )]
+    #[arg(long, short, value_name = "SIZE", default_value = "512M", alias = "mem")]
     pub(crate) memory: Size,
     /// Number of CPUs.
     #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = count)]
@@ -61,9 +49,9 @@ pub(crate) struct RunArgs {
     /// How the kernel file is booted, instead of detecting it.
     #[arg(long, value_name = "PROTOCOL", default_value = "auto")]
     pub(crate) boot: BootKind,
-    /// Where a flat binary is loaded and entered, in real mode.
-    #[arg(long, value_name = "ADDRESS", default_value_t = DEFAULT_FLAT_ADDRESS, value_parser = address)]
-    pub(crate) flat_address: u64,
+    /// Where a flat binary is loaded and entered (x86: in real mode) [default: 0x7c00; on aarch64 the start of RAM]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub(crate) flat_address: Option<u64>,
     /// Ends the machine after this many seconds, with status 124.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,
@@ -87,9 +75,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, suffix) = text.split_at(digits);
         let shift = match suffix.to_ascii_uppercase().as_str() {
             "" | "B" => 0,
@@ -98,14 +84,10 @@ impl FromStr for Size {
             "G" | "GB" | "GIB" => 30,
             "T" | "TB" | "TIB" => 40,
             _ => {
-                return Err(
-                    "a size is a number of bytes, or one with a suffix K, M, G or T".into(),
-                );
+                return Err("a size is a number of bytes, or one with a suffix K, M, G or T".into());
             }
         };
-        let number: u64 = number
-            .parse()
-            .map_err(|_| "a size begins with a whole number".to_owned())?;
+        let number: u64 = number.parse().map_err(|_| "a size begins with a whole number".to_owned())?;
         match number.checked_mul(1 << shift) {
             Some(0) => Err("it must not be 0".into()),
             Some(size) => Ok(Self(size)),
@@ -131,10 +113,7 @@ impl FromStr for AccelList {
             return Ok(Self::Auto);
         }
         text.split([',', ':'])
-            .map(|name| {
-                name.parse()
-                    .map_err(|_| format!("{name:?} is none of auto, kvm, hvf, whpx, vz, soft"))
-            })
+            .map(|name| name.parse().map_err(|_| format!("{name:?} is none of auto, kvm, hvf, whpx, vz, soft")))
             .collect::<Result<_, _>>()
             .map(Self::Kinds)
     }
@@ -170,9 +149,7 @@ fn count(text: &str) -> Result<u32, String> {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text
-        .parse()
-        .map_err(|_| "it is no number of seconds".to_owned())?;
+    let seconds: f64 = text.parse().map_err(|_| "it is no number of seconds".to_owned())?;
     if seconds > 0.0 {
         Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
     } else {
@@ -203,16 +180,7 @@ mod tests {
         assert_eq!("512M".parse(), Ok(Size(512 << 20)));
         assert_eq!("1".parse(), Ok(Size(1)));
         assert_eq!("3gib".parse(), Ok(Size(3 << 30)));
-        for bad in [
-            "",
-            "M",
-            "0",
-            "-1",
-            "1X",
-            "1.5G",
-            "99999999999999999999",
-            "18446744073709551615K",
-        ] {
+        for bad in ["", "M", "0", "-1", "1X", "1.5G", "99999999999999999999", "18446744073709551615K"] {
             assert!(bad.parse::<Size>().is_err(), "{bad:?} was taken");
         }
     }

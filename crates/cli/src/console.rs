@@ -109,13 +109,9 @@ pub(crate) fn start(target: &Target) -> anyhow::Result<Option<os::RawTerminal>> 
         tell("Ctrl-A x leaves, Ctrl-A h helps");
     }
     // The threads end with the process: a read of stdin cannot be interrupted portably.
-    thread::Builder::new().name("stdin".into()).spawn(move || {
-        if interactive {
-            read_terminal(&target)
-        } else {
-            read_pipe(&target)
-        }
-    })?;
+    thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || if interactive { read_terminal(&target) } else { read_pipe(&target) })?;
     Ok(raw)
 }
 

@@ -13,15 +13,9 @@ pub(crate) fn read(what: &str, path: &Path, most: u64) -> Result<Vec<u8>> {
         bail!("{}: it is a directory", failed());
     }
     let mut bytes = Vec::new();
-    file.by_ref()
-        .take(most.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .with_context(failed)?;
+    file.by_ref().take(most.saturating_add(1)).read_to_end(&mut bytes).with_context(failed)?;
     if bytes.len() as u64 > most {
-        bail!(
-            "{}: it has more than {most} bytes and cannot fit into the guest's memory",
-            failed()
-        );
+        bail!("{}: it has more than {most} bytes and cannot fit into the guest's memory", failed());
     }
     Ok(bytes)
 }
@@ -33,10 +27,7 @@ mod tests {
     #[test]
     fn unreadable_files_are_named() {
         let error = read("kernel", Path::new("/nonexistent/vmlinuz"), 10).unwrap_err();
-        assert!(
-            format!("{error:#}").contains("/nonexistent/vmlinuz"),
-            "{error:#}"
-        );
+        assert!(format!("{error:#}").contains("/nonexistent/vmlinuz"), "{error:#}");
         let error = read("kernel", &std::env::temp_dir(), 10).unwrap_err();
         assert!(format!("{error:#}").contains("kernel"), "{error:#}");
     }

@@ -11,16 +11,11 @@ pub(crate) fn info(args: &InfoArgs) -> Result<Status> {
     let reports = vm_accel::probe();
     let text = if args.json {
         let backends: Vec<Value> = reports.iter().map(json_report).collect();
-        format!(
-            "{:#}\n",
-            json!({ "schema_version": 1, "backends": backends })
-        )
+        format!("{:#}\n", json!({ "schema_version": 1, "backends": backends }))
     } else {
         reports.iter().map(table_row).collect()
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot write the report")?;
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write the report")?;
     Ok(Status::Ok)
 }
 
@@ -61,14 +56,8 @@ fn table_row(report: &ProbeReport) -> String {
     match &report.outcome {
         Ok(caps) => {
             let (arch, cpus, bits) = (caps.guest_arch, caps.max_vcpus, caps.guest_phys_bits);
-            let list: Vec<&str> = features(caps)
-                .iter()
-                .filter(|(_, there)| *there)
-                .map(|(name, _)| *name)
-                .collect();
-            let mut row = format!(
-                "{kind:<5} available    {arch} guests, up to {cpus} CPUs, {bits}-bit addresses\n"
-            );
+            let list: Vec<&str> = features(caps).iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
+            let mut row = format!("{kind:<5} available    {arch} guests, up to {cpus} CPUs, {bits}-bit addresses\n");
             row += &format!("{:19}{}\n", "", list.join(", "));
             if let Some(note) = note(caps) {
                 row += &format!("{:19}note: {note}\n", "");

@@ -3,15 +3,15 @@
 use crate::args::AccelList;
 use crate::status::NoBackend;
 use anyhow::Result;
-use vm_accel::{AccelError, AccelKind, PlatformBackend, probe_kind};
+use vm_accel::{Accel as _, AccelError, AccelKind, GuestArch, PlatformBackend, probe_kind};
 
 /// What the guest needs of a backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Needs {
-    /// A guest of plain instructions, such as the demo.
-    Little,
-    /// A real kernel: ring 0 must run everything that a CPU runs.
-    Ring0,
+#[derive(Debug)]
+pub(crate) struct Needs {
+    /// It is a real kernel, not a guest of plain instructions: ring 0 must run everything that a CPU runs.
+    pub(crate) ring0: bool,
+    /// The architectures that it can be booted on.
+    pub(crate) archs: Vec<GuestArch>,
 }
 
 /// A virtual machine on the backend that was chosen.
@@ -23,36 +23,33 @@ pub(crate) struct Choice {
 }
 
 /// Creates a virtual machine on the first backend of the list that works.
-pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<Choice> {
+pub(crate) fn backend(list: &AccelList, needs: &Needs) -> Result<Choice> {
     let kinds: Vec<AccelKind> = match list {
         // Virtualization.framework runs whole machines of its own; it is not one that this command can drive.
-        AccelList::Auto => AccelKind::ALL
-            .into_iter()
-            .filter(|kind| *kind != AccelKind::Vz)
-            .collect(),
+        AccelList::Auto => AccelKind::ALL.into_iter().filter(|kind| *kind != AccelKind::Vz).collect(),
         AccelList::Kinds(kinds) => kinds.clone(),
     };
     let mut refusals = Vec::new();
     for (n, &kind) in kinds.iter().enumerate() {
         let mut warning = None;
-        if needs == Needs::Ring0 && emulates_ring0(kind) {
-            const WHY: &str =
-                "this host emulates the guest's ring 0 and cannot run an operating system";
-            if kinds[n + 1..]
-                .iter()
-                .any(|other| probe_kind(*other).is_ok())
-            {
+        if needs.ring0 && emulates_ring0(kind) {
+            const WHY: &str = "this host emulates the guest's ring 0 and cannot run an operating system";
+            if kinds[n + 1..].iter().any(|other| probe_kind(*other).is_ok()) {
                 refusals.push(format!("{kind}: {WHY}"));
                 continue;
             }
             warning = Some(format!("{kind}: {WHY}; expect the guest to fail"));
         }
         match PlatformBackend::new(kind) {
+            Ok(backend) if !needs.archs.contains(&backend.capabilities().guest_arch) => {
+                let arch = backend.capabilities().guest_arch;
+                refusals.push(format!("{kind}: it runs {arch} guests, and this is none"));
+            }
             Ok(backend) => {
                 if kind == AccelKind::Fallback && kinds.len() > 1 {
                     let why = explain(list, &refusals);
                     warning = Some(format!(
-                        "no accelerator; using the software CPU, which is slow ({why})"
+                        "no accelerator can run this guest; using the software CPU, which is slow ({why})"
                     ));
                 }
                 return Ok(Choice { backend, warning });
@@ -65,7 +62,7 @@ pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<Choice> {
         }
     }
     Err(NoBackend(format!(
-        "no backend can be used here: {}; `vm-accel info` says more",
+        "no backend here can run this guest: {}; `vm-accel info` says more",
         explain(list, &refusals)
     ))
     .into())
@@ -73,9 +70,7 @@ pub(crate) fn backend(list: &AccelList, needs: Needs) -> Result<Choice> {
 
 /// The reasons that help: of a search through everything only those of platforms that belong to this host.
 fn explain(list: &AccelList, refusals: &[String]) -> String {
-    let helpful = refusals
-        .iter()
-        .filter(|why| *list != AccelList::Auto || !why.contains("exists only on"));
+    let helpful = refusals.iter().filter(|why| *list != AccelList::Auto || !why.contains("exists only on"));
     helpful.map(String::as_str).collect::<Vec<_>>().join("; ")
 }
 

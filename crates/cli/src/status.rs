@@ -77,11 +77,7 @@ impl std::error::Error for NoBackend {}
 
 /// The status of an error.
 pub(crate) fn of_error(error: &anyhow::Error) -> Status {
-    if error.is::<NoBackend>() {
-        Status::NoBackend
-    } else {
-        Status::Error
-    }
+    if error.is::<NoBackend>() { Status::NoBackend } else { Status::Error }
 }
 
 /// What `--help` says about the statuses.

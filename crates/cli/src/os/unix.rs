@@ -70,18 +70,16 @@ impl EndSignal {
         let received = Self::default();
         let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])?;
         let (store, target) = (Arc::clone(&received.0), target.clone());
-        thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                for signal in signals.forever() {
-                    if store.swap(signal, Ordering::SeqCst) != 0 {
-                        restore();
-                        // The default action of these signals is to end the process.
-                        let _ = signal_hook::low_level::emulate_default_handler(signal);
-                    }
-                    target.stop();
+        thread::Builder::new().name("signals".into()).spawn(move || {
+            for signal in signals.forever() {
+                if store.swap(signal, Ordering::SeqCst) != 0 {
+                    restore();
+                    // The default action of these signals is to end the process.
+                    let _ = signal_hook::low_level::emulate_default_handler(signal);
                 }
-            })?;
+                target.stop();
+            }
+        })?;
         Ok(received)
     }
 

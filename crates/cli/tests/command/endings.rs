@@ -9,13 +9,7 @@ fn the_demo_reports_and_ends_with_0() {
     for backend in backends() {
         let demo = run(["run", "--accel", &backend.name, "--timeout", "300"]);
         demo.ended_with(0);
-        for words in [
-            "Hello from",
-            "CPU vendor:",
-            "Memory map:",
-            "Exits:",
-            "Done.",
-        ] {
+        for words in ["Hello from", "CPU vendor:", "Memory map:", "Exits:", "Done."] {
             assert!(demo.stdout.contains(words), "{words:?}: {demo:#?}");
         }
         assert_eq!(demo.stderr, "", "{}", backend.name);
@@ -31,11 +25,7 @@ fn the_default_is_the_demo_on_whatever_there_is() {
     demo.ended_with(0);
     assert!(demo.stdout.contains("Done."), "{demo:#?}");
     // The software CPU is never chosen silently.
-    assert_eq!(
-        demo.warnings(),
-        usize::from(backends().len() == 1),
-        "{demo:#?}"
-    );
+    assert_eq!(demo.warnings(), usize::from(backends().len() == 1), "{demo:#?}");
 }
 
 #[test]
@@ -57,15 +47,7 @@ fn two_at_once_do_not_disturb_each_other() {
 #[test]
 fn several_cpus_run_the_demo() {
     for backend in backends() {
-        let args = [
-            "run",
-            "--accel",
-            &backend.name,
-            "--timeout",
-            "300",
-            "--cpus",
-            "3",
-        ];
+        let args = ["run", "--accel", &backend.name, "--timeout", "300", "--cpus", "3"];
         run(args).ended_with(0);
     }
 }
@@ -125,26 +107,14 @@ fn a_reset_starts_the_guest_again_and_warns_once() {
     let folder = Folder::new();
     let guest = folder.file("reset", guests::PRINT_AND_RESET);
     for backend in backends() {
-        let mut child = command(flat(&backend.name, &guest, &[]))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            command(flat(&backend.name, &guest, &[])).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut starts = [0; 3];
-        child
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut starts)
-            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut starts).unwrap();
         assert_eq!(&starts, b"!!!");
         child.kill().unwrap();
         let run = finish(child);
-        assert_eq!(
-            run.warnings(),
-            usize::from(backend.emulates_ring0),
-            "{run:#?}"
-        );
+        assert_eq!(run.warnings(), usize::from(backend.emulates_ring0), "{run:#?}");
     }
 }
 
@@ -175,20 +145,12 @@ fn the_serial_port_can_lead_to_a_file_or_nowhere() {
     for backend in backends() {
         let log = folder.path("log");
         let serial = format!("file={}", log.display());
-        let to_file = run(flat(
-            &backend.name,
-            &guest,
-            &["--no-reboot", "--serial", &serial],
-        ));
+        let to_file = run(flat(&backend.name, &guest, &["--no-reboot", "--serial", &serial]));
         to_file.ended_with(32);
         assert_eq!(to_file.stdout, "");
         assert_eq!(std::fs::read(&log).unwrap(), b"!");
 
-        let nowhere = run(flat(
-            &backend.name,
-            &guest,
-            &["--no-reboot", "--serial", "null"],
-        ));
+        let nowhere = run(flat(&backend.name, &guest, &["--no-reboot", "--serial", "null"]));
         nowhere.ended_with(32);
         assert_eq!(nowhere.stdout, "");
     }
@@ -199,17 +161,11 @@ fn output_that_nobody_takes_ends_the_machine() {
     let folder = Folder::new();
     let guest = folder.file("flood", guests::FLOOD);
     for backend in backends() {
-        let mut child = command(flat(&backend.name, &guest, &[]))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            command(flat(&backend.name, &guest, &[])).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         drop(child.stdout.take());
         let run = finish(child);
         run.ended_with(1);
-        assert!(
-            run.stderr.contains("cannot write the guest's output"),
-            "{run:#?}"
-        );
+        assert!(run.stderr.contains("cannot write the guest's output"), "{run:#?}");
     }
 }

@@ -82,14 +82,20 @@ fn machines_that_cannot_be_built_say_the_rule() {
 
 #[test]
 fn an_absent_backend_is_status_3_and_says_why() {
-    let (absent, needs) = if cfg!(target_os = "macos") {
-        ("kvm", "Linux")
-    } else {
-        ("hvf", "macOS")
-    };
+    let (absent, needs) = if cfg!(target_os = "macos") { ("kvm", "Linux") } else { ("hvf", "macOS") };
     let words = [absent, needs, "vm-accel info"];
     run(["run", "--accel", absent]).failed(3, &words);
     run(["run", "--accel", &format!("{absent},vz")]).failed(3, &[absent, "vz"]);
+}
+
+#[test]
+fn a_kernel_for_another_architecture_finds_no_backend() {
+    let folder = Folder::new();
+    let mut image = [0; 64];
+    image[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    let image = folder.file("Image", &image);
+    // The software CPU has no aarch64 guests on any host.
+    boot("soft", &image, &[]).failed(3, &["soft", "x86_64 guests"]);
 }
 
 #[test]
@@ -105,6 +111,5 @@ fn a_flat_binary_takes_no_command_line() {
     let Some(backend) = a_backend() else { return };
     let folder = Folder::new();
     let guest = folder.file("guest", crate::support::guests::SPIN);
-    boot(&backend, &guest, &["--boot", "flat", "--cmdline", "quiet"])
-        .failed(1, &["guest", "command line"]);
+    boot(&backend, &guest, &["--boot", "flat", "--cmdline", "quiet"]).failed(1, &["guest", "command line"]);
 }

@@ -113,10 +113,7 @@ pub(crate) fn backends() -> Vec<Backend> {
         } else if backend["guest_arch"] != "x86_64" {
             "its guests are not x86-64"
         } else {
-            there.push(Backend {
-                name: name.to_owned(),
-                emulates_ring0: backend["emulates_ring0"] == true,
-            });
+            there.push(Backend { name: name.to_owned(), emulates_ring0: backend["emulates_ring0"] == true });
             continue;
         };
         assert!(!required.contains(&name), "{name} is required: {why}");

@@ -39,11 +39,7 @@ impl Screen {
                 }
             }
         });
-        Self {
-            bytes,
-            text: String::new(),
-            _reader: reader,
-        }
+        Self { bytes, text: String::new(), _reader: reader }
     }
 
     /// Waits until these words have appeared.
@@ -63,12 +59,7 @@ impl Session {
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap();
-        let terminal = open(
-            name.as_c_str(),
-            OFlags::RDWR | OFlags::NOCTTY,
-            Mode::empty(),
-        )
-        .unwrap();
+        let terminal = open(name.as_c_str(), OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
         let terminal = File::from(terminal);
         let before = tcgetattr(&terminal).unwrap();
         let end = || Stdio::from(terminal.try_clone().unwrap());

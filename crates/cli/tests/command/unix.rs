@@ -9,18 +9,10 @@ use std::process::{Command, Stdio};
 
 /// Starts a guest, waits until it runs, and sends the command a signal.
 fn interrupted(backend: &Backend, guest: &Path, signal: Signal) -> Run {
-    let mut child = command(flat(&backend.name, guest, &[]))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        command(flat(&backend.name, guest, &[])).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut first = [0];
-    child
-        .stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut first)
-        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
     kill_process(Pid::from_child(&child), signal).unwrap();
     // A guest that prints for ever needs a reader to the end.
     finish(child)
@@ -31,12 +23,7 @@ fn a_signal_ends_the_machine_with_128_and_its_number() {
     let folder = Folder::new();
     let spin = folder.file("spin", guests::PRINT_AND_SPIN);
     for backend in backends() {
-        for (signal, number) in [
-            (Signal::INT, 2),
-            (Signal::TERM, 15),
-            (Signal::HUP, 1),
-            (Signal::QUIT, 3),
-        ] {
+        for (signal, number) in [(Signal::INT, 2), (Signal::TERM, 15), (Signal::HUP, 1), (Signal::QUIT, 3)] {
             interrupted(&backend, &spin, signal).ended_with(128 + number);
         }
     }
@@ -73,10 +60,7 @@ fn a_full_disk_is_an_error() {
     Run::from(output).failed(1, &["No space left"]);
 
     // Where errors cannot be told, the status still tells.
-    let status = command(["run", "/nowhere"])
-        .stderr(full())
-        .status()
-        .unwrap();
+    let status = command(["run", "/nowhere"]).stderr(full()).status().unwrap();
     assert_eq!(status.code(), Some(1));
 }
 
@@ -94,11 +78,7 @@ fn a_user_without_permission_is_told_so() {
     const NOBODY: u32 = 65534;
     let as_nobody = |args: &[&str]| {
         // This drops root's supplementary groups too.
-        command(args)
-            .uid(NOBODY)
-            .gid(NOBODY)
-            .output()
-            .map(Run::from)
+        command(args).uid(NOBODY).gid(NOBODY).output().map(Run::from)
     };
     let mode = std::fs::metadata("/dev/kvm").map(|meta| {
         use std::os::unix::fs::MetadataExt as _;
@@ -117,11 +97,7 @@ fn a_user_without_permission_is_told_so() {
     // A fallback is said in one line.
     let soft = as_nobody(&["run", "--accel", "kvm,soft", "--timeout", "300"]).unwrap();
     soft.ended_with(0);
-    assert_eq!(
-        (soft.warnings(), soft.stderr.lines().count()),
-        (1, 1),
-        "{soft:#?}"
-    );
+    assert_eq!((soft.warnings(), soft.stderr.lines().count()), (1, 1), "{soft:#?}");
     assert!(soft.stderr.contains("permission denied"), "{soft:#?}");
 }
 
@@ -136,14 +112,7 @@ fn a_host_without_kvm_is_told_so() {
             .args(args)
             .stdin(Stdio::null())
             .output()
-            .map_or_else(
-                |error| Run {
-                    status: None,
-                    stdout: String::new(),
-                    stderr: error.to_string(),
-                },
-                Run::from,
-            )
+            .map_or_else(|error| Run { status: None, stdout: String::new(), stderr: error.to_string() }, Run::from)
     };
     let kvm = without(&["run", "--accel", "kvm"]);
     if kvm.status != Some(3) && !kvm.stderr.starts_with("vm-accel:") {

@@ -18,10 +18,7 @@ fn help_goes_to_stdout_and_lists_the_statuses() {
 fn version_is_the_packages() {
     let version = run(["--version"]);
     version.ended_with(0);
-    assert_eq!(
-        version.stdout,
-        format!("vm-accel {}\n", env!("CARGO_PKG_VERSION"))
-    );
+    assert_eq!(version.stdout, format!("vm-accel {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
@@ -31,12 +28,7 @@ fn info_has_a_line_for_every_kind() {
     assert_eq!(info.stderr, "");
     for kind in ["kvm", "hvf", "whpx", "vz", "soft"] {
         let lines = info.stdout.lines();
-        assert_eq!(
-            lines.filter(|line| line.starts_with(kind)).count(),
-            1,
-            "{kind}: {}",
-            info.stdout
-        );
+        assert_eq!(lines.filter(|line| line.starts_with(kind)).count(), 1, "{kind}: {}", info.stdout);
     }
 }
 

@@ -88,16 +88,8 @@ pub enum Protocol {
 
 impl Protocol {
     /// Every protocol, in the order in which help texts list them.
-    pub const ALL: [Self; 8] = [
-        Self::Linux,
-        Self::Linux32,
-        Self::Elf,
-        Self::Pvh,
-        Self::Multiboot,
-        Self::Flat,
-        Self::Firmware,
-        Self::Image,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Linux, Self::Linux32, Self::Elf, Self::Pvh, Self::Multiboot, Self::Flat, Self::Firmware, Self::Image];
 
     /// The name by which it is chosen on a command line.
     #[must_use]
@@ -114,13 +106,22 @@ impl Protocol {
         }
     }
 
+    /// Whether guests of architecture `arch` can be booted this way. An ELF file says itself which one it is for.
+    #[must_use]
+    pub const fn is_for(self, arch: GuestArch) -> bool {
+        match self {
+            Self::Elf | Self::Flat => true,
+            Self::Image => matches!(arch, GuestArch::Aarch64),
+            Self::Linux | Self::Linux32 | Self::Pvh | Self::Multiboot | Self::Firmware => {
+                matches!(arch, GuestArch::X86_64)
+            }
+        }
+    }
+
     /// Whether a guest of architecture `arch` can be given a command line and modules.
     #[must_use]
     pub const fn takes_arguments(self, arch: GuestArch) -> bool {
-        !matches!(
-            (self, arch),
-            (Self::Flat, GuestArch::X86_64) | (Self::Firmware, _)
-        )
+        !matches!((self, arch), (Self::Flat, GuestArch::X86_64) | (Self::Firmware, _))
     }
 }
 
@@ -164,9 +165,7 @@ impl BootKind {
     /// [`BootError::Empty`] or [`BootError::Unrecognised`], and what detection finds wrong with a header.
     pub fn protocol(self, image: &[u8], arch: GuestArch) -> Result<Protocol, BootError> {
         if image.is_empty() {
-            return Err(BootError::Empty {
-                what: "the image".to_owned(),
-            });
+            return Err(BootError::Empty { what: "the image".to_owned() });
         }
         match self {
             Self::Exactly(protocol) => Ok(protocol),
@@ -190,12 +189,7 @@ impl FromStr for BootKind {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let kinds = std::iter::once(Self::Auto).chain(Protocol::ALL.map(Self::Exactly));
-        kinds
-            .into_iter()
-            .find(|kind| kind.to_string() == text)
-            .ok_or_else(|| UnknownBootKind {
-                name: text.to_owned(),
-            })
+        kinds.into_iter().find(|kind| kind.to_string() == text).ok_or_else(|| UnknownBootKind { name: text.to_owned() })
     }
 }
 
@@ -218,12 +212,7 @@ pub struct Module<'a> {
 // Files have megabytes: their size says enough.
 impl fmt::Debug for Module<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Module {{ {:#x} bytes, cmdline: {:?} }}",
-            self.data.len(),
-            self.cmdline
-        )
+        write!(f, "Module {{ {:#x} bytes, cmdline: {:?} }}", self.data.len(), self.cmdline)
     }
 }
 
@@ -294,17 +283,12 @@ impl<'a> BootRequest<'a> {
         if self.cmdline.len() > MAX_CMDLINE || self.cmdline.contains('\0') {
             return Err(self.view(protocol).malformed(
                 "the command line",
-                format!(
-                    "has {} bytes; at most {MAX_CMDLINE} are possible, none of them NUL",
-                    self.cmdline.len()
-                ),
+                format!("has {} bytes; at most {MAX_CMDLINE} are possible, none of them NUL", self.cmdline.len()),
             ));
         }
         let builder = Builder::new(protocol, self.memory);
         match (protocol, self.arch) {
-            (Protocol::Linux | Protocol::Linux32, GuestArch::X86_64) => {
-                linux::bzimage(self, protocol, builder)
-            }
+            (Protocol::Linux | Protocol::Linux32, GuestArch::X86_64) => linux::bzimage(self, protocol, builder),
             (Protocol::Elf, GuestArch::X86_64) => linux::vmlinux(self, builder),
             (Protocol::Elf, GuestArch::Aarch64) => arm64::elf(self, builder),
             (Protocol::Pvh, GuestArch::X86_64) => pvh::plan(self, builder),
@@ -333,10 +317,7 @@ impl<'a> BootRequest<'a> {
         if self.cmdline.len() > max {
             return Err(self.view(protocol).malformed(
                 "the command line",
-                format!(
-                    "has {} bytes; this kernel takes at most {max}",
-                    self.cmdline.len()
-                ),
+                format!("has {} bytes; this kernel takes at most {max}", self.cmdline.len()),
             ));
         }
         Ok(c_string(self.cmdline))
@@ -347,18 +328,16 @@ impl<'a> BootRequest<'a> {
         match self.modules {
             [] => Ok(None),
             [module] => Ok(Some(module.data).filter(|data| !data.is_empty())),
-            _ => Err(self.view(protocol).unsupported(
-                "takes one initial RAM disk; concatenate several (Linux unpacks one after the other)",
-            )),
+            _ => Err(self
+                .view(protocol)
+                .unsupported("takes one initial RAM disk; concatenate several (Linux unpacks one after the other)")),
         }
     }
 
     /// Refuses what a protocol has no way to pass on.
     fn takes_no_arguments(&self, protocol: Protocol) -> Result<(), BootError> {
         if !self.cmdline.is_empty() {
-            return Err(self
-                .view(protocol)
-                .unsupported("there is no way to give it a command line; leave it out"));
+            return Err(self.view(protocol).unsupported("there is no way to give it a command line; leave it out"));
         }
         if !self.modules.is_empty() {
             return Err(self
@@ -374,4 +353,22 @@ fn c_string(text: &str) -> Vec<u8> {
     let mut bytes: Vec<u8> = text.bytes().take_while(|&byte| byte != 0).collect();
     bytes.push(0);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_protocols_are_for_is_what_can_be_planned() {
+        let map = MemoryMap::new(vec![MemoryRange { base: 0, size: 64 << 20, kind: MemoryKind::Ram }]).unwrap();
+        for arch in [GuestArch::X86_64, GuestArch::Aarch64] {
+            for protocol in Protocol::ALL {
+                let plan =
+                    BootRequest { kind: BootKind::Exactly(protocol), ..BootRequest::new(arch, &[0; 64], &map) }.plan();
+                let refused = matches!(plan, Err(BootError::WrongArch { .. }));
+                assert_eq!(refused, !protocol.is_for(arch), "{protocol} on {arch}");
+            }
+        }
+    }
 }
