@@ -74,16 +74,10 @@ impl Print {
 #[must_use]
 pub fn demo() -> Vec<u8> {
     let mut data = Data { bytes: Vec::new() };
-    for word in [
-        HEADER_MAGIC,
-        WANT_MEMORY,
-        0u32.wrapping_sub(HEADER_MAGIC.wrapping_add(WANT_MEMORY)),
-    ] {
+    for word in [HEADER_MAGIC, WANT_MEMORY, 0u32.wrapping_sub(HEADER_MAGIC.wrapping_add(WANT_MEMORY))] {
         data.bytes.extend(word.to_le_bytes());
     }
-    let code_of = |data: &mut Data, variables: u32| {
-        assemble(Bits::B32, CODE.into(), |a| program(a, data, variables))
-    };
+    let code_of = |data: &mut Data, variables: u32| assemble(Bits::B32, CODE.into(), |a| program(a, data, variables));
     // The variables lie behind the code, whose length does not depend on where they are: every address is 32 bits wide.
     let strings_start = data.bytes.clone();
     let length = code_of(&mut data, CODE).len() as u32;
@@ -99,12 +93,8 @@ pub fn demo() -> Vec<u8> {
 }
 
 fn program(a: &mut CodeAssembler, data: &mut Data, variables: u32) -> Result<(), IcedError> {
-    let print = Print {
-        character: a.create_label(),
-        text: a.create_label(),
-        hex: a.create_label(),
-        decimal: a.create_label(),
-    };
+    let print =
+        Print { character: a.create_label(), text: a.create_label(), hex: a.create_label(), decimal: a.create_label() };
     // The boot protocol gives no stack (3.2).
     a.mov(esp, variables + BSS_SIZE)?;
     a.push(ebx)?;
@@ -134,15 +124,7 @@ fn program(a: &mut CodeAssembler, data: &mut Data, variables: u32) -> Result<(),
 
 /// 115200 baud, 8N1, FIFOs on, no interrupts (16550 data sheet).
 fn set_up_serial(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    for (offset, value) in [
-        (1, 0x00),
-        (3, 0x80),
-        (0, 0x01),
-        (1, 0x00),
-        (3, 0x03),
-        (2, 0x07),
-        (4, 0x03),
-    ] {
+    for (offset, value) in [(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0x07), (4, 0x03)] {
         a.mov(edx, u32::from(SERIAL_PORT) + offset)?;
         a.mov(eax, value)?;
         a.out(dx, al)?;
@@ -151,12 +133,7 @@ fn set_up_serial(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// Vendor string, hypervisor bit and signature.
-fn print_cpu(
-    a: &mut CodeAssembler,
-    data: &mut Data,
-    print: &Print,
-    variables: u32,
-) -> Result<(), IcedError> {
+fn print_cpu(a: &mut CodeAssembler, data: &mut Data, print: &Print, variables: u32) -> Result<(), IcedError> {
     let print_signature = |a: &mut CodeAssembler, registers: [AsmRegister32; 3]| {
         for (i, register) in registers.into_iter().enumerate() {
             a.mov(dword_ptr(variables + 4 * i as u32), register)?;

@@ -159,34 +159,20 @@ impl SegmentState {
     }
 
     const fn tss(selector: u16, base: u64) -> Self {
-        Self {
-            selector,
-            base,
-            limit: 0x67,
-            access: BUSY_TSS,
-        }
+        Self { selector, base, limit: 0x67, access: BUSY_TSS }
     }
 
     /// A real-mode segment.
     #[must_use]
     pub const fn real(selector: u16) -> Self {
-        Self {
-            selector,
-            base: (selector as u64) << 4,
-            limit: 0xffff,
-            access: 0x93,
-        }
+        Self { selector, base: (selector as u64) << 4, limit: 0xffff, access: 0x93 }
     }
 
     /// The low eight bytes of its descriptor.
     #[must_use]
     pub const fn descriptor(&self) -> u64 {
         let granular = self.access & 0x8000 != 0;
-        let limit = if granular {
-            self.limit >> 12
-        } else {
-            self.limit
-        } as u64;
+        let limit = if granular { self.limit >> 12 } else { self.limit } as u64;
         limit & 0xffff
             | (self.base & 0xff_ffff) << 16
             | (self.access as u64 & 0xf0ff) << 40
@@ -280,9 +266,7 @@ impl World {
         world.cpu.cr4 = 0x600;
         world.cpu.efer = 0;
         world.cpu.idt = (layout::IDT, 256 * 8 - 1);
-        world
-            .put(layout::IDT, gates32())
-            .put(layout::HANDLERS, handlers(Bits::B32))
+        world.put(layout::IDT, gates32()).put(layout::HANDLERS, handlers(Bits::B32))
     }
 
     /// Long mode, ring 0. The first 4 GiB are mapped one to one with 2 MiB pages that ring 3 may use too.
@@ -460,11 +444,7 @@ fn place(image: &mut Vec<u8>, base: u64, at: u64, part: &[u8]) {
 fn handlers(bits: Bits) -> Vec<u8> {
     static LONG_MODE: OnceLock<Vec<u8>> = OnceLock::new();
     static PROTECTED_MODE: OnceLock<Vec<u8>> = OnceLock::new();
-    let cell = if bits == Bits::B64 {
-        &LONG_MODE
-    } else {
-        &PROTECTED_MODE
-    };
+    let cell = if bits == Bits::B64 { &LONG_MODE } else { &PROTECTED_MODE };
     let build = || {
         let base = layout::HANDLERS;
         let mut image = assemble(bits, base, |a| match bits {
@@ -580,33 +560,15 @@ mod tests {
     #[test]
     fn descriptors_match_the_manual() {
         // Intel SDM vol. 3, figure 3-8.
-        assert_eq!(
-            SegmentState::flat(8, CODE_READABLE | LONG).descriptor(),
-            0x00af_9b00_0000_ffff
-        );
-        assert_eq!(
-            SegmentState::flat(16, WRITABLE | BIG).descriptor(),
-            0x00cf_9300_0000_ffff
-        );
-        assert_eq!(
-            SegmentState::flat(0x1b, CODE_READABLE | BIG).descriptor(),
-            0x00cf_fb00_0000_ffff
-        );
-        assert_eq!(
-            SegmentState::tss(0x38, 0x1234_5678).descriptor(),
-            0x1200_8b34_5678_0067
-        );
+        assert_eq!(SegmentState::flat(8, CODE_READABLE | LONG).descriptor(), 0x00af_9b00_0000_ffff);
+        assert_eq!(SegmentState::flat(16, WRITABLE | BIG).descriptor(), 0x00cf_9300_0000_ffff);
+        assert_eq!(SegmentState::flat(0x1b, CODE_READABLE | BIG).descriptor(), 0x00cf_fb00_0000_ffff);
+        assert_eq!(SegmentState::tss(0x38, 0x1234_5678).descriptor(), 0x1200_8b34_5678_0067);
     }
 
     #[test]
     fn worlds_fit_in_their_ram_and_do_not_overlap() {
-        for world in [
-            World::real(),
-            World::long(),
-            World::protected(),
-            World::user(),
-            World::compatibility(),
-        ] {
+        for world in [World::real(), World::long(), World::protected(), World::user(), World::compatibility()] {
             let world = world.code(|a| a.nop());
             for (gpa, bytes) in &world.memory {
                 let end = gpa + bytes.len() as u64;
