@@ -24,11 +24,7 @@ use vm_accel_guests::world::{World, layout};
 cases![spinning, exiting, halted[KernelIrqchip], several_kickers];
 
 const SUITE: Suite = Suite {
-    themes: &[Theme {
-        name: "kick_stress",
-        arch: GuestArch::X86_64,
-        cases: CASES,
-    }],
+    themes: &[Theme { name: "kick_stress", arch: GuestArch::X86_64, cases: CASES }],
     exceptions: &[],
     limit: Duration::from_secs(280),
 };
@@ -39,10 +35,7 @@ fn main() -> ExitCode {
 
 /// How many kicks a case sends: its share of the 100,000, or what the environment says.
 fn kicks(share: u64) -> u64 {
-    std::env::var("VM_ACCEL_KICKS")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(share)
+    std::env::var("VM_ACCEL_KICKS").ok().and_then(|text| text.parse().ok()).unwrap_or(share)
 }
 
 /// xorshift64: the same moments every time, as far as the host's scheduler allows.
@@ -83,11 +76,7 @@ impl Count {
                 return false;
             }
             let second = Duration::from_secs(1);
-            seen = self
-                .changed
-                .wait_timeout(seen, second)
-                .expect("nobody panics with it")
-                .0;
+            seen = self.changed.wait_timeout(seen, second).expect("nobody panics with it").0;
         }
         true
     }
@@ -169,9 +158,7 @@ fn spinning(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::new(host, &world)?;
-    stress(host, &mut m, kicks(50_000), 1, |_, exit| {
-        fail!("exit is {exit:?}")
-    })
+    stress(host, &mut m, kicks(50_000), 1, |_, exit| fail!("exit is {exit:?}"))
 }
 
 /// A guest whose every other instruction exits: kicks fall between exits, answers and entries. All accesses arrive in
@@ -197,12 +184,7 @@ fn exiting(host: &Host) -> Outcome {
                 number = number.wrapping_add(1);
                 assert_eq!(m.vcpu.io_data()?, number.to_le_bytes());
             }
-            (
-                1,
-                VcpuExit::Mmio {
-                    is_write: false, ..
-                },
-            ) => m.vcpu.complete_read(&0x5a5a_5a5au32.to_le_bytes())?,
+            (1, VcpuExit::Mmio { is_write: false, .. }) => m.vcpu.complete_read(&0x5a5a_5a5au32.to_le_bytes())?,
             (2, VcpuExit::Io { .. }) => {
                 assert_eq!(m.vcpu.io_data()?, (number ^ 0x5a5a_5a5a).to_le_bytes())
             }
@@ -226,9 +208,7 @@ fn halted(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
-    stress(host, &mut m, kicks(10_000), 1, |_, exit| {
-        fail!("exit is {exit:?}")
-    })
+    stress(host, &mut m, kicks(10_000), 1, |_, exit| fail!("exit is {exit:?}"))
 }
 
 fn several_kickers(host: &Host) -> Outcome {
@@ -239,7 +219,5 @@ fn several_kickers(host: &Host) -> Outcome {
         a.jmp(again)
     });
     let mut m = Machine::new(host, &world)?;
-    stress(host, &mut m, kicks(10_000) / 4, 4, |_, exit| {
-        fail!("exit is {exit:?}")
-    })
+    stress(host, &mut m, kicks(10_000) / 4, 4, |_, exit| fail!("exit is {exit:?}"))
 }

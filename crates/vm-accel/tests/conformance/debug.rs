@@ -29,17 +29,11 @@ fn machine(host: &Host) -> Outcome<Machine> {
 }
 
 fn step() -> GuestDebug {
-    GuestDebug {
-        single_step: true,
-        ..GuestDebug::default()
-    }
+    GuestDebug { single_step: true, ..GuestDebug::default() }
 }
 
 fn breakpoint(addr: u64, len: u8, on: BreakOn) -> GuestDebug {
-    GuestDebug {
-        hardware: vec![HardwareBreakpoint { addr, len, on }],
-        ..GuestDebug::default()
-    }
+    GuestDebug { hardware: vec![HardwareBreakpoint { addr, len, on }], ..GuestDebug::default() }
 }
 
 fn single_step_ring0(host: &Host) -> Outcome {
@@ -53,11 +47,7 @@ fn single_step_ring0(host: &Host) -> Outcome {
     m.vcpu.set_guest_debug(&GuestDebug::default())?;
     m.expect_halted()?;
     assert_eq!(m.read(layout::DATA)?, [1, 0, 0, 0]);
-    assert_eq!(
-        m.vcpu.get_regs()?.flags & 0x100,
-        0,
-        "the trap flag is left set"
-    );
+    assert_eq!(m.vcpu.get_regs()?.flags & 0x100, 0, "the trap flag is left set");
     Ok(())
 }
 
@@ -71,12 +61,7 @@ fn single_step_with_changed_registers(host: &Host) -> Outcome {
     assert_eq!(m.gpr(Reg::Rbx)?, 101);
     m.set_gpr(Reg::Rax, 7)?;
     m.expect(VcpuExit::Debug)?;
-    assert_eq!(
-        m.vcpu.debug_event()?,
-        DebugEvent::SingleStep {
-            pc: layout::CODE + 8
-        }
-    );
+    assert_eq!(m.vcpu.debug_event()?, DebugEvent::SingleStep { pc: layout::CODE + 8 });
     m.vcpu.set_guest_debug(&GuestDebug::default())?;
     m.expect_halted()?;
     assert_eq!(m.read(layout::DATA)?, [7, 0, 0, 0]);
@@ -86,8 +71,7 @@ fn single_step_with_changed_registers(host: &Host) -> Outcome {
 fn hardware_breakpoint_ring0(host: &Host) -> Outcome {
     let mut m = machine(host)?;
     let pc = layout::CODE + 8;
-    m.vcpu
-        .set_guest_debug(&breakpoint(pc, 1, BreakOn::Execute))?;
+    m.vcpu.set_guest_debug(&breakpoint(pc, 1, BreakOn::Execute))?;
     m.expect(VcpuExit::Debug)?;
     assert_eq!(m.vcpu.debug_event()?, DebugEvent::HardwareBreakpoint { pc });
     assert_eq!(m.gpr(Reg::Rbx)?, 1);
@@ -98,21 +82,14 @@ fn hardware_breakpoint_ring0(host: &Host) -> Outcome {
 
 fn watchpoint_ring0(host: &Host) -> Outcome {
     let mut m = machine(host)?;
-    m.vcpu
-        .set_guest_debug(&breakpoint(layout::DATA, 4, BreakOn::Write))?;
+    m.vcpu.set_guest_debug(&breakpoint(layout::DATA, 4, BreakOn::Write))?;
     m.expect(VcpuExit::Debug)?;
     match m.vcpu.debug_event()? {
         DebugEvent::Watchpoint { addr: None, .. } => {}
-        DebugEvent::Watchpoint {
-            addr: Some(addr), ..
-        } => assert_eq!(addr, layout::DATA),
+        DebugEvent::Watchpoint { addr: Some(addr), .. } => assert_eq!(addr, layout::DATA),
         other => fail!("event is {other:?}"),
     }
-    assert_eq!(
-        m.read(layout::DATA)?,
-        [1, 0, 0, 0],
-        "x86 reports a watchpoint after the access"
-    );
+    assert_eq!(m.read(layout::DATA)?, [1, 0, 0, 0], "x86 reports a watchpoint after the access");
     m.vcpu.set_guest_debug(&GuestDebug::default())?;
     m.expect_halted()
 }
@@ -123,10 +100,7 @@ fn software_breakpoint_ring0(host: &Host) -> Outcome {
         a.int3()?;
         a.hlt()
     })?;
-    m.vcpu.set_guest_debug(&GuestDebug {
-        software_breakpoints: true,
-        ..GuestDebug::default()
-    })?;
+    m.vcpu.set_guest_debug(&GuestDebug { software_breakpoints: true, ..GuestDebug::default() })?;
     m.expect(VcpuExit::Debug)?;
     let pc = layout::CODE + 1;
     assert_eq!(m.vcpu.debug_event()?, DebugEvent::SoftwareBreakpoint { pc });
@@ -145,8 +119,7 @@ fn breakpoints_do_not_reach_the_guest(host: &Host) -> Outcome {
         a.mov(rbx, dr0)?;
         a.hlt()
     })?;
-    m.vcpu
-        .set_guest_debug(&breakpoint(layout::CODE + 1, 1, BreakOn::Execute))?;
+    m.vcpu.set_guest_debug(&breakpoint(layout::CODE + 1, 1, BreakOn::Execute))?;
     m.vcpu.set_guest_debug(&GuestDebug::default())?;
     m.expect_halted()?;
     assert_eq!((m.gpr(Reg::Rax)? & 0xff, m.gpr(Reg::Rbx)?), (0, 0));
@@ -156,15 +129,8 @@ fn breakpoints_do_not_reach_the_guest(host: &Host) -> Outcome {
 
 fn impossible_breakpoints_are_refused(host: &Host) -> Outcome {
     let mut m = machine(host)?;
-    let one = HardwareBreakpoint {
-        addr: layout::CODE,
-        len: 1,
-        on: BreakOn::Execute,
-    };
-    let too_many = GuestDebug {
-        hardware: vec![one; 5],
-        ..GuestDebug::default()
-    };
+    let one = HardwareBreakpoint { addr: layout::CODE, len: 1, on: BreakOn::Execute };
+    let too_many = GuestDebug { hardware: vec![one; 5], ..GuestDebug::default() };
     for wrong in [
         too_many,
         breakpoint(layout::DATA, 3, BreakOn::Write),
@@ -173,10 +139,7 @@ fn impossible_breakpoints_are_refused(host: &Host) -> Outcome {
         breakpoint(layout::CODE, 4, BreakOn::Execute),
     ] {
         let refused = m.vcpu.set_guest_debug(&wrong);
-        assert!(
-            matches!(refused, Err(AccelError::InvalidArgument { .. })),
-            "{wrong:?}: {refused:?}"
-        );
+        assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{wrong:?}: {refused:?}");
     }
     m.expect_halted()
 }

@@ -5,9 +5,7 @@ use crate::harness::machine::{set_up_vcpu, x86};
 use crate::harness::{Host, Machine, Outcome, cases, fail};
 use std::sync::atomic::Ordering;
 use vm_accel::x86_64::Reg;
-use vm_accel::{
-    AccelError, HostEvent, IoAddress, IoEventMatch, IrqChip, IrqTarget, MsiMessage, VcpuExit,
-};
+use vm_accel::{AccelError, HostEvent, IoAddress, IoEventMatch, IrqChip, IrqTarget, MsiMessage, VcpuExit};
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{World, flags, layout};
 use vm_accel_guests::{Bits, IcedError, assemble};
@@ -51,11 +49,7 @@ const READY: u16 = 0x10;
 const ALIVE: u16 = 0x11;
 
 fn msi(vector: u8) -> MsiMessage {
-    MsiMessage {
-        address: 0xfee0_0000,
-        data: vector.into(),
-        device_id: None,
-    }
+    MsiMessage { address: 0xfee0_0000, data: vector.into(), device_id: None }
 }
 
 /// Software-enables the local APIC with spurious vector 0xff.
@@ -242,16 +236,9 @@ fn level_line_is_raised_again(host: &Host) -> Outcome {
 
 /// The pair of 8259s in its usual set-up: vectors 0x20 and up, edge-triggered. (Intel 8259A data sheet.)
 fn set_up_pics(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    for (port, value) in [
-        (0x20, 0x11),
-        (0xa0, 0x11),
-        (0x21, 0x20),
-        (0xa1, 0x28),
-        (0x21, 4),
-        (0xa1, 2),
-        (0x21, 1),
-        (0xa1, 1),
-    ] {
+    for (port, value) in
+        [(0x20, 0x11), (0xa0, 0x11), (0x21, 0x20), (0xa1, 0x28), (0x21, 4), (0xa1, 2), (0x21, 1), (0xa1, 1)]
+    {
         a.mov(al, value)?;
         a.out(port, al)?;
     }
@@ -284,9 +271,7 @@ fn line_through_pic(host: &Host) -> Outcome {
 fn line_from_another_thread(host: &Host) -> Outcome {
     let m = ready(host, &pin_world(0), IrqChip::Kernel)?;
     let irq = m.vm.irq_handle()?;
-    let Machine {
-        mut vcpu, vm, ram, ..
-    } = m;
+    let Machine { mut vcpu, vm, ram, .. } = m;
     drop(vm);
     let exit = std::thread::scope(|scope| {
         let helper = scope.spawn(|| {
@@ -354,13 +339,7 @@ fn pit_timer(host: &Host) -> Outcome {
     for _ in 0..3 {
         m.expect_vector(0x20)?;
         // The next tick may be taken before the guest says that it goes on.
-        while m.run()?
-            != (VcpuExit::Io {
-                port: ALIVE,
-                direction: vm_accel::IoDirection::Out,
-                size: 1,
-            })
-        {}
+        while m.run()? != (VcpuExit::Io { port: ALIVE, direction: vm_accel::IoDirection::Out, size: 1 }) {}
     }
     Ok(())
 }
@@ -378,11 +357,7 @@ fn irqfd_raises_a_line(host: &Host) -> Outcome {
     event.signal()?;
     m.vm.signal_msi(msi(0x60))?;
     m.expect_vector(0x60)?;
-    assert_eq!(
-        m.report()?.count,
-        4,
-        "an unregistered event raised the line"
-    );
+    assert_eq!(m.report()?.count, 4, "an unregistered event raised the line");
     Ok(())
 }
 
@@ -413,10 +388,7 @@ fn irqfd_resamples_not_before_the_end(host: &Host) -> Outcome {
     m.vm.register_irqfd(&event, LINE, Some(&resample))?;
     event.signal()?;
     m.expect_vector(VECTOR)?;
-    let in_service = m
-        .x86()
-        .get_lapic()?
-        .reg(0x100 + 0x10 * usize::from(VECTOR / 32));
+    let in_service = m.x86().get_lapic()?.reg(0x100 + 0x10 * usize::from(VECTOR / 32));
     assert_eq!(in_service, Some(1 << (VECTOR % 32)));
     assert_eq!(resample.try_take()?, None);
     m.expect_out(ALIVE, 1)?;
@@ -431,10 +403,7 @@ fn split_msi_is_delivered(host: &Host) -> Outcome {
 fn split_reports_end_of_interrupt(host: &Host) -> Outcome {
     let mut m = ready(host, &lapic_world(|_| Ok(())), IrqChip::Split)?;
     // Level-triggered, assert (Intel SDM vol. 3, figure "Layout of the MSI Message Data Register").
-    let level = MsiMessage {
-        data: u32::from(VECTOR) | 1 << 15 | 1 << 14,
-        ..msi(VECTOR)
-    };
+    let level = MsiMessage { data: u32::from(VECTOR) | 1 << 15 | 1 << 14, ..msi(VECTOR) };
     // KVM reports the ends of interrupts that are routed; elsewhere there may be no routing to tell.
     match m.vm.set_irq_routes(&[(3, IrqTarget::Msi(level))]) {
         Err(AccelError::Unsupported { .. }) => {}
@@ -456,10 +425,7 @@ fn split_reports_end_of_interrupt(host: &Host) -> Outcome {
 fn split_has_no_lines(host: &Host) -> Outcome {
     let m = ready(host, &lapic_world(|_| Ok(())), IrqChip::Split)?;
     let refused = m.vm.set_irq_line(LINE, true);
-    assert!(
-        matches!(refused, Err(AccelError::Unsupported { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(AccelError::Unsupported { .. })), "{refused:?}");
     Ok(())
 }
 
@@ -472,9 +438,7 @@ fn injected_without_controller(host: &Host) -> Outcome {
         m.expect_vector(vector)?;
         loop {
             match m.run()? {
-                VcpuExit::Io { port: ALIVE, .. } | VcpuExit::Halted
-                    if m.x86().ready_for_interrupt()? =>
-                {
+                VcpuExit::Io { port: ALIVE, .. } | VcpuExit::Halted if m.x86().ready_for_interrupt()? => {
                     break;
                 }
                 VcpuExit::Io { port: ALIVE, .. } | VcpuExit::Halted => {}
@@ -500,10 +464,7 @@ fn interrupt_window(host: &Host) -> Outcome {
     m.expect_out(READY, 1)?;
     assert!(!m.x86().ready_for_interrupt()?);
     let refused = m.x86().inject_interrupt(VECTOR);
-    assert!(
-        matches!(refused, Err(AccelError::InvalidArgument { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     m.x86().request_interrupt_window(true)?;
     m.expect_out(ALIVE, 1)?;
     m.expect(VcpuExit::InterruptWindow)?;
@@ -521,11 +482,7 @@ fn injection_needs_no_controller(host: &Host) -> Outcome {
     let unsupported = |error: AccelError| matches!(error, AccelError::Unsupported { .. });
     assert!(m.x86().inject_interrupt(VECTOR).is_err_and(unsupported));
     assert!(m.x86().ready_for_interrupt().is_err_and(unsupported));
-    assert!(
-        m.x86()
-            .request_interrupt_window(true)
-            .is_err_and(unsupported)
-    );
+    assert!(m.x86().request_interrupt_window(true).is_err_and(unsupported));
     Ok(())
 }
 
@@ -570,11 +527,7 @@ const DOORBELL_PORT: u16 = 0x600;
 const DOORBELL: u64 = layout::MMIO + 0x40;
 
 fn on(address: IoAddress, size: u8, value: Option<u64>) -> IoEventMatch {
-    IoEventMatch {
-        address,
-        size,
-        value,
-    }
+    IoEventMatch { address, size, value }
 }
 
 fn ioevent_on_port(host: &Host) -> Outcome {
@@ -651,22 +604,13 @@ fn ioevent_refuses_nonsense(host: &Host) -> Outcome {
     let event = HostEvent::new()?;
     for size in [3, 5, 16] {
         let refused = vm.register_ioevent(&event, on(IoAddress::Mmio(DOORBELL), size, None));
-        assert!(
-            matches!(refused, Err(AccelError::InvalidArgument { .. })),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     }
     let doorbell = on(IoAddress::Mmio(DOORBELL), 4, Some(1));
     vm.register_ioevent(&event, doorbell)?;
-    assert!(
-        vm.register_ioevent(&event, doorbell).is_err(),
-        "it is registered already"
-    );
+    assert!(vm.register_ioevent(&event, doorbell).is_err(), "it is registered already");
     vm.unregister_ioevent(&event, doorbell)?;
-    assert!(
-        vm.unregister_ioevent(&event, doorbell).is_err(),
-        "it is not registered any more"
-    );
+    assert!(vm.unregister_ioevent(&event, doorbell).is_err(), "it is not registered any more");
     Ok(())
 }
 
@@ -706,10 +650,7 @@ fn smp_init_and_sipi(host: &Host) -> Outcome {
     let (exit, second) = std::thread::scope(|scope| {
         let other = scope.spawn(move || second.run().map(|exit| (exit, second)));
         let exit = m.run();
-        (
-            exit,
-            other.join().expect("the other CPU's thread does not panic"),
-        )
+        (exit, other.join().expect("the other CPU's thread does not panic"))
     });
     let port = |exit: &VcpuExit| match exit {
         VcpuExit::Io { port, .. } => Some(*port),
@@ -742,9 +683,7 @@ fn smp_shares_memory(host: &Host) -> Outcome {
     let other = std::thread::scope(|scope| {
         let other = scope.spawn(move || second.run());
         m.expect_halted()?;
-        Ok::<_, crate::harness::Failure>(
-            other.join().expect("the other CPU's thread does not panic"),
-        )
+        Ok::<_, crate::harness::Failure>(other.join().expect("the other CPU's thread does not panic"))
     })?;
     assert_eq!(other?, VcpuExit::Halted);
     assert_eq!(m.read(layout::DATA)?, (2 * TURNS).to_le_bytes());

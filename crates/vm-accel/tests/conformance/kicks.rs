@@ -70,10 +70,7 @@ fn kick_while_spinning(host: &Host, m: &mut Machine) -> Outcome {
     for _ in 0..20 {
         let exit = std::thread::scope(|scope| {
             scope.spawn(|| {
-                let count = || {
-                    ram.load::<u32>(layout::DATA, Ordering::Acquire)
-                        .expect("inside RAM")
-                };
+                let count = || ram.load::<u32>(layout::DATA, Ordering::Acquire).expect("inside RAM");
                 let first = count();
                 while host.in_time() && count() == first {
                     std::thread::yield_now();
@@ -114,12 +111,7 @@ fn while_halted_in_the_platform(host: &Host) -> Outcome {
     for _ in 0..20 {
         let exit = std::thread::scope(|scope| {
             scope.spawn(|| {
-                while host.in_time()
-                    && ram
-                        .load::<u32>(layout::DATA, Ordering::Acquire)
-                        .expect("inside RAM")
-                        == 0
-                {
+                while host.in_time() && ram.load::<u32>(layout::DATA, Ordering::Acquire).expect("inside RAM") == 0 {
                     std::thread::yield_now();
                 }
                 kick.kick();
@@ -234,11 +226,7 @@ fn kept_by_quiesce(host: &Host) -> Outcome {
     kick.kick();
     m.quiesce()?;
     assert_eq!(m.gpr(Reg::Rax)?, 7);
-    assert_eq!(
-        m.vcpu.run()?,
-        VcpuExit::Interrupt,
-        "quiesce() swallowed the kick"
-    );
+    assert_eq!(m.vcpu.run()?, VcpuExit::Interrupt, "quiesce() swallowed the kick");
     m.expect_halted()
 }
 

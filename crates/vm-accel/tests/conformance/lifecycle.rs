@@ -3,9 +3,7 @@
 use crate::harness::machine::{assemble64, set_up_vcpu};
 use crate::harness::{Host, Machine, Outcome, cases, fail};
 use vm_accel::x86_64::{MpState, Reg, X86Events};
-use vm_accel::{
-    AccelError, ExitHandler, GuestRegion, GuestRegs, IrqChip, MemoryFlags, VcpuExit, VcpuResult,
-};
+use vm_accel::{AccelError, ExitHandler, GuestRegion, GuestRegs, IrqChip, MemoryFlags, VcpuExit, VcpuResult};
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{World, layout};
 
@@ -41,19 +39,13 @@ fn counting_exits(host: &Host) -> Outcome<Machine> {
     })
 }
 
-const OUT: VcpuExit = VcpuExit::Io {
-    port: 0x10,
-    direction: vm_accel::IoDirection::Out,
-    size: 1,
-};
+const OUT: VcpuExit = VcpuExit::Io { port: 0x10, direction: vm_accel::IoDirection::Out, size: 1 };
 
 /// The vCPU keeps what it needs alive.
 fn vm_dropped_before_vcpu(host: &Host) -> Outcome {
     let mut m = counting_exits(host)?;
     m.expect_out(0x10, 1)?;
-    let Machine {
-        mut vcpu, vm, ram, ..
-    } = m;
+    let Machine { mut vcpu, vm, ram, .. } = m;
     drop(vm);
     drop(ram);
     assert_eq!(vcpu.run()?, OUT);
@@ -115,9 +107,7 @@ fn two_vms_from_two_threads(host: &Host) -> Outcome {
                 Ok(())
             })
         });
-        threads
-            .into_iter()
-            .try_for_each(|thread| thread.join().expect("no panic"))
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })
 }
 
@@ -166,16 +156,8 @@ fn vcpu_moves_with_an_access_pending(host: &Host) -> Outcome {
         a.hlt()
     })?;
     m.expect_in(0x10, &[5])?;
-    let read = VcpuExit::Mmio {
-        addr: layout::MMIO,
-        size: 1,
-        is_write: false,
-    };
-    let write = VcpuExit::Mmio {
-        addr: layout::MMIO + 0x1000,
-        size: 1,
-        is_write: true,
-    };
+    let read = VcpuExit::Mmio { addr: layout::MMIO, size: 1, is_write: false };
+    let write = VcpuExit::Mmio { addr: layout::MMIO + 0x1000, size: 1, is_write: true };
     let mut vcpu = m.vcpu;
     for (expected, answer) in [(read, true), (write, false), (VcpuExit::Halted, false)] {
         vcpu = std::thread::scope(|scope| {
@@ -254,13 +236,8 @@ fn run_after_a_triple_fault(host: &Host) -> Outcome {
     m.write(layout::CODE, &assemble64(layout::CODE, |a| a.hlt()))?;
     let reset = m.x86().get_sregs()?;
     let fresh = World::long();
-    m.x86()
-        .set_sregs(&crate::harness::machine::sregs(&fresh.cpu, &reset))?;
-    m.vcpu.set_regs(&GuestRegs {
-        pc: fresh.cpu.rip,
-        flags: fresh.cpu.rflags,
-        ..GuestRegs::default()
-    })?;
+    m.x86().set_sregs(&crate::harness::machine::sregs(&fresh.cpu, &reset))?;
+    m.vcpu.set_regs(&GuestRegs { pc: fresh.cpu.rip, flags: fresh.cpu.rflags, ..GuestRegs::default() })?;
     m.x86().set_events(&X86Events::default())?;
     m.x86().set_mp_state(MpState::Runnable)?;
     m.expect_halted()
@@ -415,10 +392,7 @@ fn demo_guest_reports_and_exits(host: &Host) -> Outcome {
     let ram = GuestRegion::anonymous(4 << 20)?;
     vm.map_memory(0, &ram, MemoryFlags::RAM)?;
     // ELF: entry at 24, one program header at 52 with offset, address and size at 4, 8 and 16.
-    ram.write(
-        word(52 + 8).into(),
-        &file[word(52 + 4) as usize..][..word(52 + 16) as usize],
-    )?;
+    ram.write(word(52 + 8).into(), &file[word(52 + 4) as usize..][..word(52 + 16) as usize])?;
     // Multiboot information: memory map of one entry at DATA + 0x100.
     let (info, map) = (layout::DATA, layout::DATA + 0x100);
     ram.write(info, &(1u32 << 6).to_le_bytes())?;
@@ -434,11 +408,7 @@ fn demo_guest_reports_and_exits(host: &Host) -> Outcome {
     }
     let mut vcpu = vm.create_vcpu(0)?;
     set_up_vcpu(&mut *vcpu, &world.cpu)?;
-    let mut regs = GuestRegs {
-        pc: word(24).into(),
-        flags: 2,
-        ..GuestRegs::default()
-    };
+    let mut regs = GuestRegs { pc: word(24).into(), flags: 2, ..GuestRegs::default() };
     regs.gpr[Reg::Rax as usize] = 0x2bad_b002;
     regs.gpr[Reg::Rbx as usize] = info;
     vcpu.set_regs(&regs)?;
@@ -454,15 +424,8 @@ fn demo_guest_reports_and_exits(host: &Host) -> Outcome {
         "1000 port reads",
         "Done.\r\n",
     ] {
-        assert!(
-            board.text.contains(expected),
-            "{expected:?} is not in {:?}",
-            board.text
-        );
+        assert!(board.text.contains(expected), "{expected:?} is not in {:?}", board.text);
     }
-    assert_eq!(
-        (board.reads, board.status),
-        (vm_accel_guests::demo::COUNT, Some(0))
-    );
+    assert_eq!((board.reads, board.status), (vm_accel_guests::demo::COUNT, Some(0)));
     Ok(())
 }

@@ -68,10 +68,7 @@ fn assert_invalid<T: std::fmt::Debug>(result: Result<T, AccelError>, names: u64)
         Err(error @ AccelError::InvalidArgument { .. }) => error.to_string(),
         other => panic!("not an invalid argument: {other:?}"),
     };
-    assert!(
-        text.contains(&format!("{names:#x}")),
-        "{text:?} does not name {names:#x}"
-    );
+    assert!(text.contains(&format!("{names:#x}")), "{text:?} does not name {names:#x}");
 }
 
 fn read_only_memory_exits_on_writes(host: &Host) -> Outcome {
@@ -142,15 +139,8 @@ fn temporary_file(content: &[u8]) -> Outcome<std::fs::File> {
     use std::sync::atomic::AtomicU32;
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!(
-        "vm-accel-conformance-{}-{number}",
-        std::process::id()
-    ));
-    let mut file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)?;
+    let path = std::env::temp_dir().join(format!("vm-accel-conformance-{}-{number}", std::process::id()));
+    let mut file = std::fs::File::options().read(true).write(true).create_new(true).open(&path)?;
     // Windows refuses to remove an open file; there the temporary folder keeps it.
     let _ = std::fs::remove_file(&path);
     file.write_all(content)?;
@@ -196,25 +186,15 @@ fn dirty_log_has_guest_and_host_writes(host: &Host) -> Outcome {
     let log = m.vm.take_dirty(WINDOW)?;
     assert_eq!((log.base(), log.size()), (WINDOW, 70 * PAGE));
     for page in [1, 3, 4, 69, 19, 20] {
-        assert!(
-            is_dirty(&log, page),
-            "page {page} was written and is not in the log"
-        );
+        assert!(is_dirty(&log, page), "page {page} was written and is not in the log");
     }
-    assert_eq!(
-        m.vm.take_dirty(WINDOW)?.count(),
-        0,
-        "nothing was written since"
-    );
+    assert_eq!(m.vm.take_dirty(WINDOW)?.count(), 0, "nothing was written since");
 
     m.expect_halted()?;
     let log = m.vm.take_dirty(WINDOW)?;
     assert!(is_dirty(&log, 9));
     for page in [1, 19, 69] {
-        assert!(
-            !is_dirty(&log, page),
-            "page {page} was not touched since the last look"
-        );
+        assert!(!is_dirty(&log, page), "page {page} was not touched since the last look");
     }
 
     // A page that was logged and cleared is logged again.
@@ -285,9 +265,7 @@ fn counting_guest(host: &Host) -> Outcome<Machine> {
 /// Waits until the guest has written something else than `old` to the start of the region.
 fn wait_for_change(host: &Host, region: &GuestRegion, old: u32) -> u32 {
     while host.in_time() {
-        let now = region
-            .load::<u32>(0, Ordering::Acquire)
-            .expect("inside the region");
+        let now = region.load::<u32>(0, Ordering::Acquire).expect("inside the region");
         if now != old {
             return now;
         }
@@ -300,9 +278,7 @@ fn unmap_while_running(host: &Host) -> Outcome {
     let mut m = counting_guest(host)?;
     let region = GuestRegion::anonymous(PAGE)?;
     m.vm.map_memory(WINDOW, &region, MemoryFlags::RAM)?;
-    let Machine {
-        mut vcpu, mut vm, ..
-    } = m;
+    let Machine { mut vcpu, mut vm, .. } = m;
     std::thread::scope(|scope| {
         let helper = scope.spawn(|| {
             let seen = wait_for_change(host, &region, 0);
@@ -312,11 +288,7 @@ fn unmap_while_running(host: &Host) -> Outcome {
         let exit = vcpu.run()?;
         let count = vcpu.io_data().map(<[u8]>::to_vec);
         helper.join().expect("the helper does not panic")?;
-        let expected = VcpuExit::Mmio {
-            addr: WINDOW,
-            size: 4,
-            is_write: true,
-        };
+        let expected = VcpuExit::Mmio { addr: WINDOW, size: 4, is_write: true };
         assert_eq!(exit, expected);
         // Nothing is lost: the exit carries the count after the last one in memory.
         let last = word(&region, 0)?;
@@ -392,10 +364,7 @@ fn remap_of_another_size_is_refused(host: &Host) -> Outcome {
     let large = GuestRegion::anonymous(2 * PAGE)?;
     m.vm.map_memory(WINDOW, &small, MemoryFlags::RAM)?;
     assert_invalid(m.vm.remap_memory(WINDOW, &large, MemoryFlags::RAM), WINDOW);
-    assert_invalid(
-        m.vm.remap_memory(WINDOW + PAGE, &small, MemoryFlags::RAM),
-        WINDOW + PAGE,
-    );
+    assert_invalid(m.vm.remap_memory(WINDOW + PAGE, &small, MemoryFlags::RAM), WINDOW + PAGE);
     m.expect_halted()?;
     assert_eq!(word(&small, 0)?, 0x55aa);
     Ok(())
@@ -439,10 +408,7 @@ fn misaligned_and_overflowing_are_refused(host: &Host) -> Outcome {
     if host.caps.guest_phys_bits != 0 {
         let beyond = 1u64 << host.caps.guest_phys_bits;
         assert_invalid(vm.map_memory(beyond, &one, MemoryFlags::RAM), beyond);
-        assert_invalid(
-            vm.map_memory(beyond - page, &two, MemoryFlags::RAM),
-            beyond - page,
-        );
+        assert_invalid(vm.map_memory(beyond - page, &two, MemoryFlags::RAM), beyond - page);
         vm.map_memory(beyond - page, &one, MemoryFlags::RAM)?;
     }
     assert_invalid(vm.map_memory(WINDOW, &one, MemoryFlags::WRITE), WINDOW);
@@ -451,16 +417,10 @@ fn misaligned_and_overflowing_are_refused(host: &Host) -> Outcome {
 
 fn zero_size_is_refused(_: &Host) -> Outcome {
     let zero = GuestRegion::anonymous(0);
-    assert!(
-        matches!(zero, Err(AccelError::InvalidArgument { .. })),
-        "{zero:?}"
-    );
+    assert!(matches!(zero, Err(AccelError::InvalidArgument { .. })), "{zero:?}");
     let file = temporary_file(&[1; 4096])?;
     let zero = GuestRegion::from_file(&file, 0, 0, FileMapping::Shared);
-    assert!(
-        matches!(zero, Err(AccelError::InvalidArgument { .. })),
-        "{zero:?}"
-    );
+    assert!(matches!(zero, Err(AccelError::InvalidArgument { .. })), "{zero:?}");
     Ok(())
 }
 
@@ -493,10 +453,7 @@ fn too_many_mappings_are_refused(host: &Host) -> Outcome {
         }
     }
     let refused = vm.map_memory(at(slots), &page, MemoryFlags::RAM);
-    assert!(
-        matches!(refused, Err(AccelError::InvalidArgument { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     vm.unmap_memory(at(7))?;
     vm.map_memory(at(slots), &page, MemoryFlags::RAM)?;
     Ok(())
@@ -507,14 +464,8 @@ fn refused_calls_change_nothing(host: &Host) -> Outcome {
     let region = GuestRegion::anonymous(2 * PAGE)?;
     m.vm.map_memory(WINDOW, &region, MemoryFlags::RAM)?;
     let other = GuestRegion::anonymous(2 * PAGE)?;
-    assert_invalid(
-        m.vm.map_memory(WINDOW + PAGE, &other, MemoryFlags::RAM),
-        WINDOW + PAGE,
-    );
-    assert_invalid(
-        m.vm.map_memory(WINDOW + 1, &other, MemoryFlags::RAM),
-        WINDOW + 1,
-    );
+    assert_invalid(m.vm.map_memory(WINDOW + PAGE, &other, MemoryFlags::RAM), WINDOW + PAGE);
+    assert_invalid(m.vm.map_memory(WINDOW + 1, &other, MemoryFlags::RAM), WINDOW + 1);
     assert_invalid(m.vm.unmap_memory(WINDOW + PAGE), WINDOW + PAGE);
     assert_invalid(m.vm.protect_memory(WINDOW, MemoryFlags::WRITE), WINDOW);
     m.expect_halted()?;
@@ -633,13 +584,9 @@ fn guest_and_host_share_atomics(host: &Host) -> Outcome {
         let helper = scope.spawn(|| -> Result<(), AccelError> {
             for _ in 0..TURNS {
                 let mut now = ram.load::<u32>(layout::DATA, Ordering::Relaxed)?;
-                while let Err(other) = ram.compare_exchange::<u32>(
-                    layout::DATA,
-                    now,
-                    now + 1,
-                    Ordering::AcqRel,
-                    Ordering::Relaxed,
-                )? {
+                while let Err(other) =
+                    ram.compare_exchange::<u32>(layout::DATA, now, now + 1, Ordering::AcqRel, Ordering::Relaxed)?
+                {
                     now = other;
                 }
             }
@@ -675,9 +622,6 @@ fn guest_memory_finds_regions(host: &Host) -> Outcome {
     m.expect_halted()?;
     assert_eq!(memory.read_u64(WINDOW + PAGE - 4)?, !0x0123_4567_89ab_cdef);
     let outside = memory.read_u64(WINDOW + 2 * PAGE - 4);
-    assert!(
-        matches!(outside, Err(AccelError::InvalidArgument { .. })),
-        "{outside:?}"
-    );
+    assert!(matches!(outside, Err(AccelError::InvalidArgument { .. })), "{outside:?}");
     Ok(())
 }

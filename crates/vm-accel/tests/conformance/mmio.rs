@@ -104,9 +104,7 @@ fn read_extends(host: &Host) -> Outcome {
 
 /// Each general-purpose register as source and as target: the register number is decoded by the platform.
 fn every_register(host: &Host) -> Outcome {
-    let registers = [
-        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
-    ];
+    let registers = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
     let addressed = |index: usize| if index == 6 { rdi } else { rsi };
     let mut m = Machine::long(host, |a| {
         for (i, register) in registers.into_iter().enumerate() {
@@ -145,19 +143,17 @@ fn movs_between_devices(host: &Host) -> Outcome {
 }
 
 fn rep_movs_to_and_from_device(host: &Host) -> Outcome {
-    let world = World::long()
-        .put(layout::DATA, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
-        .code(|a| {
-            a.mov(esi, layout::DATA as u32)?;
-            a.mov(edi, A as u32)?;
-            a.mov(ecx, 3)?;
-            a.rep().movsd()?;
-            a.mov(esi, B as u32)?;
-            a.mov(edi, layout::DATA as u32 + 0x100)?;
-            a.mov(ecx, 3)?;
-            a.rep().movsw()?;
-            a.hlt()
-        });
+    let world = World::long().put(layout::DATA, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]).code(|a| {
+        a.mov(esi, layout::DATA as u32)?;
+        a.mov(edi, A as u32)?;
+        a.mov(ecx, 3)?;
+        a.rep().movsd()?;
+        a.mov(esi, B as u32)?;
+        a.mov(edi, layout::DATA as u32 + 0x100)?;
+        a.mov(ecx, 3)?;
+        a.rep().movsw()?;
+        a.hlt()
+    });
     let mut m = Machine::new(host, &world)?;
     m.expect_mmio_write(A, &[1, 2, 3, 4])?;
     m.expect_mmio_write(A + 4, &[5, 6, 7, 8])?;
@@ -320,20 +316,12 @@ fn compare_only_reads(host: &Host) -> Outcome {
 fn transfer(m: &mut Machine, addr: u64, total: usize, source: Option<&[u8]>) -> Outcome<Vec<u8>> {
     let mut done = Vec::new();
     while done.len() < total {
-        let VcpuExit::Mmio {
-            addr: at,
-            size,
-            is_write,
-        } = m.run()?
-        else {
+        let VcpuExit::Mmio { addr: at, size, is_write } = m.run()? else {
             fail!("no MMIO access after {} of {total} bytes", done.len());
         };
         let range = done.len()..done.len() + usize::from(size);
         if at != addr + done.len() as u64 || is_write != source.is_none() || range.end > total {
-            fail!(
-                "access of {size} at {at:#x} (write: {is_write}) after {} bytes",
-                done.len()
-            );
+            fail!("access of {size} at {at:#x} (write: {is_write}) after {} bytes", done.len());
         }
         match source {
             None => done.extend(m.vcpu.io_data()?),
@@ -386,16 +374,8 @@ fn ram_to_device_crossing(host: &Host) -> Outcome {
         a.mov(rbx, qword_ptr(rsi))?;
         a.hlt()
     })?;
-    assert_eq!(
-        transfer(&mut m, layout::RAM_SIZE, 5, None)?,
-        [4, 5, 6, 7, 8]
-    );
-    transfer(
-        &mut m,
-        layout::RAM_SIZE,
-        5,
-        Some(&[0x14, 0x15, 0x16, 0x17, 0x18]),
-    )?;
+    assert_eq!(transfer(&mut m, layout::RAM_SIZE, 5, None)?, [4, 5, 6, 7, 8]);
+    transfer(&mut m, layout::RAM_SIZE, 5, Some(&[0x14, 0x15, 0x16, 0x17, 0x18]))?;
     m.expect_halted()?;
     assert_eq!(m.read(at)?, [1, 2, 3]);
     assert_eq!(m.gpr(Reg::Rbx)?, 0x1817_1615_1403_0201);
@@ -408,10 +388,7 @@ fn above_four_gib(host: &Host) -> Outcome {
     let table = layout::SPARE_TABLES;
     let world = World::long()
         // PDPT entry 8 covers 8–9 GiB.
-        .put(
-            layout::PAGE_TABLES + 0x1000 + 8 * 8,
-            (table | PTE_TABLE).to_le_bytes(),
-        )
+        .put(layout::PAGE_TABLES + 0x1000 + 8 * 8, (table | PTE_TABLE).to_le_bytes())
         .put(table, (high | PTE_LARGE).to_le_bytes())
         .code(|a| {
             a.mov(rdi, high)?;
@@ -463,20 +440,10 @@ fn unanswered_read_is_refused(host: &Host) -> Outcome {
         a.mov(rax, qword_ptr(rsi))?;
         a.hlt()
     })?;
-    m.expect(VcpuExit::Mmio {
-        addr: A,
-        size: 8,
-        is_write: false,
-    })?;
-    assert_eq!(
-        m.vcpu.run(),
-        Err(AccelError::PendingRead { addr: A, len: 8 })
-    );
+    m.expect(VcpuExit::Mmio { addr: A, size: 8, is_write: false })?;
+    assert_eq!(m.vcpu.run(), Err(AccelError::PendingRead { addr: A, len: 8 }));
     let short = m.vcpu.complete_read(&[1; 4]);
-    assert!(
-        matches!(short, Err(AccelError::InvalidArgument { .. })),
-        "{short:?}"
-    );
+    assert!(matches!(short, Err(AccelError::InvalidArgument { .. })), "{short:?}");
     m.vcpu.complete_read(&[1; 8])?;
     m.expect_halted()?;
     assert_eq!(m.gpr(Reg::Rax)?, 0x0101_0101_0101_0101);
@@ -493,13 +460,8 @@ fn unemulated_instruction_reports_its_bytes(host: &Host) -> Outcome {
     })?;
     let instruction = [0xf3, 0x0f, 0xb8, 0x06];
     match m.vcpu.run() {
-        Err(AccelError::Emulation {
-            instruction: bytes, ..
-        }) => {
-            assert!(
-                bytes.as_slice().starts_with(&instruction),
-                "bytes are {bytes}"
-            );
+        Err(AccelError::Emulation { instruction: bytes, .. }) => {
+            assert!(bytes.as_slice().starts_with(&instruction), "bytes are {bytes}");
             let mut regs = m.vcpu.get_regs()?;
             assert_eq!(regs.pc, layout::CODE + 5);
             regs.pc += instruction.len() as u64;
@@ -507,11 +469,7 @@ fn unemulated_instruction_reports_its_bytes(host: &Host) -> Outcome {
             m.vcpu.set_regs(&regs)?;
         }
         // A backend that can emulate it is welcome to.
-        Ok(VcpuExit::Mmio {
-            addr: A,
-            size: 4,
-            is_write: false,
-        }) => m.vcpu.complete_read(&[0xff; 4])?,
+        Ok(VcpuExit::Mmio { addr: A, size: 4, is_write: false }) => m.vcpu.complete_read(&[0xff; 4])?,
         other => fail!("run() returned {other:?}"),
     }
     m.expect_halted()?;

@@ -70,10 +70,7 @@ fn real_mode_interrupt(host: &Host) -> Outcome {
     });
     let mut m = Machine::new(host, &world)?;
     let report = m.expect_vector(0)?;
-    assert_eq!(
-        (report.ip, report.cs, report.count),
-        (layout::CODE + 2, 0, 1)
-    );
+    assert_eq!((report.ip, report.cs, report.count), (layout::CODE + 2, 0, 1));
     // The handler returned to the instruction, which faults again: a fault, not a trap.
     m.expect_vector(0)?;
     m.set_gpr(Reg::Rcx, 1)?;
@@ -93,11 +90,7 @@ fn reset_vector(host: &Host) -> Outcome {
     vm.map_memory(0xffff_0000, &rom, vm_accel::MemoryFlags::RAM)?;
     let mut vcpu = vm.create_vcpu(0)?;
     host.watch.add(vcpu.kick_handle()?);
-    let out = VcpuExit::Io {
-        port: 0x10,
-        direction: vm_accel::IoDirection::Out,
-        size: 1,
-    };
+    let out = VcpuExit::Io { port: 0x10, direction: vm_accel::IoDirection::Out, size: 1 };
     assert_eq!(vcpu.run()?, out);
     assert_eq!(vcpu.io_data()?, [0x42]);
     assert_eq!(vcpu.run()?, VcpuExit::Halted);
@@ -134,10 +127,7 @@ fn protected_mode_exception(host: &Host) -> Outcome {
     });
     let mut m = Machine::new(host, &world)?;
     let report = m.expect_vector(6)?;
-    assert_eq!(
-        (report.ip, report.cs),
-        (layout::CODE + 1, selector::CODE32.into())
-    );
+    assert_eq!((report.ip, report.cs), (layout::CODE + 1, selector::CODE32.into()));
     Ok(())
 }
 
@@ -268,11 +258,7 @@ fn paging_32_bit(host: &Host) -> Outcome {
 }
 
 fn paging_pae(host: &Host) -> Outcome {
-    let (pointers, low, high) = (
-        layout::SPARE_TABLES,
-        layout::SPARE_TABLES + 0x1000,
-        layout::SPARE_TABLES + 0x2000,
-    );
+    let (pointers, low, high) = (layout::SPARE_TABLES, layout::SPARE_TABLES + 0x1000, layout::SPARE_TABLES + 0x2000);
     let large = 0x83u64.to_le_bytes();
     let world = paged_world(0x20, pointers)
         .put(pointers, (low | 1).to_le_bytes())
@@ -326,18 +312,12 @@ fn no_execute(host: &Host) -> Outcome {
         });
     let mut m = Machine::new(host, &world)?;
     let report = m.expect_vector(14)?;
-    assert_eq!(
-        (report.ip, report.cr2),
-        (HIGH + layout::CODE, HIGH + layout::CODE)
-    );
+    assert_eq!((report.ip, report.cr2), (HIGH + layout::CODE, HIGH + layout::CODE));
     assert_eq!(report.error_code & 0x11, 0x11, "present, instruction fetch");
     Ok(())
 }
 
-fn user(
-    host: &Host,
-    write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
-) -> Outcome<Machine> {
+fn user(host: &Host, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Outcome<Machine> {
     Machine::new(host, &World::user().code(write))
 }
 
@@ -347,10 +327,7 @@ fn ring3_undefined_instruction(host: &Host) -> Outcome {
         a.ud2()
     })?;
     let report = m.expect_vector(6)?;
-    assert_eq!(
-        (report.ip, report.cs),
-        (layout::CODE + 1, selector::USER_CODE64.into())
-    );
+    assert_eq!((report.ip, report.cs), (layout::CODE + 1, selector::USER_CODE64.into()));
     assert_eq!(report.sp, layout::USER_STACK);
     Ok(())
 }
@@ -388,11 +365,7 @@ fn ring3_breakpoint(host: &Host) -> Outcome {
         a.ud2()
     })?;
     let report = m.expect_vector(3)?;
-    assert_eq!(
-        report.ip,
-        layout::CODE + 1,
-        "a trap reports the next instruction"
-    );
+    assert_eq!(report.ip, layout::CODE + 1, "a trap reports the next instruction");
     assert_eq!(m.expect_vector(6)?.ip, layout::CODE + 1);
     Ok(())
 }
@@ -434,11 +407,7 @@ fn ring3_system_call(host: &Host) -> Outcome {
     sregs.efer |= 1;
     m.x86().set_sregs(&sregs)?;
     let msr = |index, value| vm_accel::x86_64::X86Msr { index, value };
-    m.x86().set_msrs(&[
-        msr(0xc000_0081, star),
-        msr(0xc000_0082, entry),
-        msr(0xc000_0084, 0x200),
-    ])?;
+    m.x86().set_msrs(&[msr(0xc000_0081, star), msr(0xc000_0082, entry), msr(0xc000_0084, 0x200)])?;
     m.expect_out_data(0x10, &[42])?;
     assert_eq!(m.gpr(Reg::Rdx)? as u16, selector::CODE64);
     assert_eq!(m.gpr(Reg::Rcx)?, layout::CODE + 7);
@@ -509,10 +478,7 @@ fn iret_to_ring3(host: &Host) -> Outcome {
     let mut m = Machine::new(host, &world)?;
     m.expect_mmio_write(layout::MMIO, &(layout::USER_STACK as u32 - 8).to_le_bytes())?;
     let report = m.expect_vector(6)?;
-    assert_eq!(
-        (report.sp, report.cs),
-        (layout::USER_STACK - 8, selector::USER_CODE64.into())
-    );
+    assert_eq!((report.sp, report.cs), (layout::USER_STACK - 8, selector::USER_CODE64.into()));
     Ok(())
 }
 
@@ -525,10 +491,7 @@ fn halt_and_go_on(host: &Host) -> Outcome {
     })?;
     m.expect_halted()?;
     let regs = m.vcpu.get_regs()?;
-    assert_eq!(
-        (regs.pc, regs.gpr[Reg::Rbx as usize]),
-        (layout::CODE + 6, 1)
-    );
+    assert_eq!((regs.pc, regs.gpr[Reg::Rbx as usize]), (layout::CODE + 6, 1));
     m.expect_halted()?;
     assert_eq!(m.gpr(Reg::Rbx)?, 2);
     Ok(())
@@ -559,10 +522,6 @@ fn hypercall(host: &Host) -> Outcome {
     assert_eq!(regs.gpr[Reg::Rbx as usize], layout::DATA);
     m.set_gpr(Reg::Rax, 0x99)?;
     m.expect_halted()?;
-    assert_eq!(
-        m.gpr(Reg::Rax)?,
-        0x99,
-        "what the VMM leaves in RAX is the result"
-    );
+    assert_eq!(m.gpr(Reg::Rax)?, 0x99, "what the VMM leaves in RAX is the result");
     Ok(())
 }

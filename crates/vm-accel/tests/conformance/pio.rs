@@ -111,10 +111,7 @@ fn collect_outs(m: &mut Machine, size: u8, total: usize) -> Outcome<Vec<u8>> {
     while written.len() < total {
         let data = m.expect_out(PORT, size)?;
         if data.is_empty() || data.len() % usize::from(size) != 0 {
-            fail!(
-                "{} bytes are no whole number of {size}-byte elements",
-                data.len()
-            );
+            fail!("{} bytes are no whole number of {size}-byte elements", data.len());
         }
         written.extend(data);
     }
@@ -124,16 +121,9 @@ fn collect_outs(m: &mut Machine, size: u8, total: usize) -> Outcome<Vec<u8>> {
 /// Answers `source` to INs from [`PORT`], in as many exits as the platform likes.
 fn answer_ins(m: &mut Machine, size: u8, mut source: &[u8]) -> Outcome {
     while !source.is_empty() {
-        m.expect(VcpuExit::Io {
-            port: PORT,
-            direction: IoDirection::In,
-            size,
-        })?;
+        m.expect(VcpuExit::Io { port: PORT, direction: IoDirection::In, size })?;
         let pending = m.vcpu.pending_access().expect("an IN is pending");
-        assert_eq!(
-            (pending.addr, pending.is_write, pending.answered),
-            (PORT.into(), false, false)
-        );
+        assert_eq!((pending.addr, pending.is_write, pending.answered), (PORT.into(), false, false));
         if pending.len == 0 || pending.len % usize::from(size) != 0 || pending.len > source.len() {
             fail!("an IN of {} bytes in {size}-byte elements", pending.len);
         }
@@ -145,12 +135,7 @@ fn answer_ins(m: &mut Machine, size: u8, mut source: &[u8]) -> Outcome {
 }
 
 /// One of the instructions INSB/W/D or OUTSB/W/D, with a REP prefix if wanted.
-fn string_io(
-    a: &mut CodeAssembler,
-    output: bool,
-    size: u8,
-    rep: bool,
-) -> Result<(), vm_accel_guests::IcedError> {
+fn string_io(a: &mut CodeAssembler, output: bool, size: u8, rep: bool) -> Result<(), vm_accel_guests::IcedError> {
     let a = if rep { a.rep() } else { a };
     match (output, size) {
         (true, 1) => a.outsb(),
@@ -198,11 +183,7 @@ fn rep_ins_each_size(host: &Host) -> Outcome {
         answer_ins(&mut m, size, &bytes)?;
         m.expect_halted()?;
         assert_eq!(m.read::<20>(layout::DATA)?[..bytes.len()], bytes);
-        assert_eq!(
-            m.read::<21>(layout::DATA)?[bytes.len()],
-            0,
-            "wrote too much"
-        );
+        assert_eq!(m.read::<21>(layout::DATA)?[bytes.len()], 0, "wrote too much");
         assert_eq!(m.gpr(Reg::Rcx)?, 0);
         assert_eq!(m.gpr(Reg::Rdi)?, layout::DATA + bytes.len() as u64);
     }
@@ -303,15 +284,8 @@ fn unanswered_read_is_refused(host: &Host) -> Outcome {
         a.in_(ax, dx)?;
         a.hlt()
     })?;
-    m.expect(VcpuExit::Io {
-        port: PORT,
-        direction: IoDirection::In,
-        size: 2,
-    })?;
-    let refused = AccelError::PendingRead {
-        addr: PORT.into(),
-        len: 2,
-    };
+    m.expect(VcpuExit::Io { port: PORT, direction: IoDirection::In, size: 2 })?;
+    let refused = AccelError::PendingRead { addr: PORT.into(), len: 2 };
     assert_eq!(m.vcpu.run(), Err(refused.clone()));
     assert_eq!(m.vcpu.quiesce(), Err(refused.clone()));
     assert_eq!(m.vcpu.run(), Err(refused), "the read stays pending");
@@ -332,19 +306,12 @@ fn wrong_answers_are_refused(host: &Host) -> Outcome {
         a.hlt()
     })?;
     let refused = |result: Result<(), AccelError>| {
-        assert!(
-            matches!(result, Err(AccelError::InvalidArgument { .. })),
-            "{result:?}"
-        )
+        assert!(matches!(result, Err(AccelError::InvalidArgument { .. })), "{result:?}")
     };
     refused(m.vcpu.complete_read(&[]));
     refused(m.vcpu.io_data().map(|_| ()));
     refused(m.vcpu.fail_access());
-    m.expect(VcpuExit::Io {
-        port: PORT,
-        direction: IoDirection::In,
-        size: 4,
-    })?;
+    m.expect(VcpuExit::Io { port: PORT, direction: IoDirection::In, size: 4 })?;
     for wrong in [&[][..], &[1], &[1, 2, 3], &[1, 2, 3, 4, 5]] {
         refused(m.vcpu.complete_read(wrong));
     }
@@ -369,11 +336,7 @@ fn regs_before_answer_are_before_instruction(host: &Host) -> Outcome {
         a.in_(al, dx)?;
         a.hlt()
     })?;
-    m.expect(VcpuExit::Io {
-        port: PORT,
-        direction: IoDirection::In,
-        size: 1,
-    })?;
+    m.expect(VcpuExit::Io { port: PORT, direction: IoDirection::In, size: 1 })?;
     let before = m.vcpu.get_regs()?;
     assert_eq!(before.pc, layout::CODE + 10);
     assert_eq!(before.gpr[Reg::Rax as usize], 7);

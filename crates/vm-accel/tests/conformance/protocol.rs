@@ -103,20 +103,13 @@ fn quiesce_reports_further_accesses(host: &Host) -> Outcome {
         a.hlt()
     })?;
     m.expect_mmio_read(A, &[1, 2, 3, 4])?;
-    let write = VcpuExit::Mmio {
-        addr: B,
-        size: 4,
-        is_write: true,
-    };
+    let write = VcpuExit::Mmio { addr: B, size: 4, is_write: true };
     assert_eq!(m.vcpu.quiesce()?, write);
     assert_eq!(m.vcpu.io_data()?, [1, 2, 3, 4]);
     m.quiesce()?;
     let regs = m.vcpu.get_regs()?;
     assert_eq!(regs.pc, layout::CODE + 11);
-    assert_eq!(
-        (regs.gpr[Reg::Rsi as usize], regs.gpr[Reg::Rdi as usize]),
-        (A + 4, B + 4)
-    );
+    assert_eq!((regs.gpr[Reg::Rsi as usize], regs.gpr[Reg::Rdi as usize]), (A + 4, B + 4));
     m.expect_halted()
 }
 
@@ -127,11 +120,7 @@ fn quiesce_in_a_read_modify_write(host: &Host) -> Outcome {
         a.hlt()
     })?;
     m.expect_mmio_read(A, &[10, 0, 0, 0])?;
-    let write = VcpuExit::Mmio {
-        addr: A,
-        size: 4,
-        is_write: true,
-    };
+    let write = VcpuExit::Mmio { addr: A, size: 4, is_write: true };
     assert_eq!(m.vcpu.quiesce()?, write);
     assert_eq!(m.vcpu.io_data()?, [15, 0, 0, 0]);
     m.quiesce()?;
@@ -153,11 +142,7 @@ fn quiesce_in_string_input(host: &Host) -> Outcome {
     let mut done = 0;
     let mut next = m.run()?;
     while done < COUNT {
-        let input = VcpuExit::Io {
-            port: 0x10,
-            direction: IoDirection::In,
-            size: 1,
-        };
+        let input = VcpuExit::Io { port: 0x10, direction: IoDirection::In, size: 1 };
         assert_eq!(next, input);
         let len = m.vcpu.pending_access().map_or(0, |access| access.len);
         if len == 0 || len > COUNT - done {
@@ -195,24 +180,14 @@ fn pending_access_is_described(host: &Host) -> Outcome {
     assert!(m.vcpu.pending_access().is_none());
     m.run()?;
     let access = m.vcpu.pending_access().expect("a read is pending");
-    assert_eq!(
-        (access.addr, access.len, access.is_write, access.answered),
-        (0x42, 2, false, false)
-    );
+    assert_eq!((access.addr, access.len, access.is_write, access.answered), (0x42, 2, false, false));
     m.vcpu.complete_read(&[1, 2])?;
-    assert!(
-        m.vcpu
-            .pending_access()
-            .is_some_and(|access| access.answered)
-    );
+    assert!(m.vcpu.pending_access().is_some_and(|access| access.answered));
     // A second answer replaces the first as long as the guest has not got it.
     m.vcpu.complete_read(&[3, 4])?;
     m.run()?;
     let access = m.vcpu.pending_access().expect("a write is pending");
-    assert_eq!(
-        (access.addr, access.len, access.is_write, access.answered),
-        (A + 8, 8, true, true)
-    );
+    assert_eq!((access.addr, access.len, access.is_write, access.answered), (A + 8, 8, true, true));
     assert_eq!(m.vcpu.io_data()?[..2], [3, 4]);
     m.expect_halted()?;
     assert!(m.vcpu.pending_access().is_none());
@@ -304,10 +279,7 @@ fn run_with_hands_errors_on(host: &Host) -> Outcome {
     })?;
     let mut device = Device::default();
     let error = m.vcpu.run_with(&mut device);
-    assert!(
-        matches!(error, Err(AccelError::InvalidArgument { what: "port", .. })),
-        "{error:?}"
-    );
+    assert!(matches!(error, Err(AccelError::InvalidArgument { what: "port", .. })), "{error:?}");
     assert_eq!(m.vcpu.run_with(&mut device)?, VcpuExit::Halted);
     Ok(())
 }
@@ -349,40 +321,20 @@ fn msr_machine(host: &Host) -> Outcome<Machine> {
 
 fn msr_read_is_answered(host: &Host) -> Outcome {
     let mut m = msr_machine(host)?;
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: false,
-    })?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: false })?;
     let refused = m.vcpu.run();
-    assert_eq!(
-        refused,
-        Err(AccelError::PendingRead {
-            addr: MSR.into(),
-            len: 8
-        })
-    );
-    m.vcpu
-        .complete_read(&0x1111_2222_3333_4444u64.to_le_bytes())?;
+    assert_eq!(refused, Err(AccelError::PendingRead { addr: MSR.into(), len: 8 }));
+    m.vcpu.complete_read(&0x1111_2222_3333_4444u64.to_le_bytes())?;
     m.quiesce()?;
-    assert_eq!(
-        (m.gpr(Reg::Rax)?, m.gpr(Reg::Rdx)?),
-        (0x3333_4444, 0x1111_2222)
-    );
+    assert_eq!((m.gpr(Reg::Rax)?, m.gpr(Reg::Rdx)?), (0x3333_4444, 0x1111_2222));
     Ok(())
 }
 
 fn msr_write_is_reported(host: &Host) -> Outcome {
     let mut m = msr_machine(host)?;
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: false,
-    })?;
-    m.vcpu
-        .complete_read(&0x1111_2222_0000_0000u64.to_le_bytes())?;
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: true,
-    })?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: false })?;
+    m.vcpu.complete_read(&0x1111_2222_0000_0000u64.to_le_bytes())?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: true })?;
     assert_eq!(m.vcpu.io_data()?, 0x1111_2222_ffff_ffffu64.to_le_bytes());
     m.expect_halted()
 }
@@ -390,23 +342,14 @@ fn msr_write_is_reported(host: &Host) -> Outcome {
 /// The guest gets a general protection fault.
 fn msr_access_is_refused(host: &Host) -> Outcome {
     let mut m = msr_machine(host)?;
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: false,
-    })?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: false })?;
     m.vcpu.fail_access()?;
     let report = m.expect_vector(13)?;
     assert_eq!((report.ip, report.error_code), (layout::CODE + 5, 0));
     // The handler returns to the instruction, which asks again.
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: false,
-    })?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: false })?;
     m.vcpu.complete_read(&[0; 8])?;
-    m.expect(VcpuExit::Msr {
-        index: MSR,
-        is_write: true,
-    })?;
+    m.expect(VcpuExit::Msr { index: MSR, is_write: true })?;
     m.vcpu.fail_access()?;
     assert_eq!(m.expect_vector(13)?.ip, layout::CODE + 9);
     Ok(())

@@ -2,9 +2,7 @@
 //! what the host reads.
 
 use crate::harness::{Host, Machine, Outcome, cases, fail};
-use vm_accel::x86_64::{
-    CpuidEntry, FXSAVE_SIZE, MpState, Reg, X86DebugRegs, X86Events, X86FpuRegs, X86Msr, Xcr,
-};
+use vm_accel::x86_64::{CpuidEntry, FXSAVE_SIZE, MpState, Reg, X86DebugRegs, X86Events, X86FpuRegs, X86Msr, Xcr};
 use vm_accel::{AccelError, FpuRegs, IrqChip};
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{PTE_LARGE, PTE_TABLE, World, layout, selector};
@@ -63,9 +61,8 @@ const REGISTERS: [Reg; 16] = [
     Reg::R15,
 ];
 
-const ASM_REGISTERS: [AsmRegister64; 16] = [
-    rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
-];
+const ASM_REGISTERS: [AsmRegister64; 16] =
+    [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
 
 /// The guest stores all registers, then adds 1 to each.
 fn gprs_before_and_after_running(host: &Host) -> Outcome {
@@ -82,8 +79,7 @@ fn gprs_before_and_after_running(host: &Host) -> Outcome {
     for round in 1..4u64 {
         let mut regs = m.vcpu.get_regs()?;
         for (i, register) in REGISTERS.into_iter().enumerate() {
-            regs.gpr[register as usize] =
-                (0xfedc_ba98_7654_3210u64).rotate_left(i as u32 * 4) ^ round;
+            regs.gpr[register as usize] = (0xfedc_ba98_7654_3210u64).rotate_left(i as u32 * 4) ^ round;
         }
         m.vcpu.set_regs(&regs)?;
         assert_eq!(m.vcpu.get_regs()?, regs, "read back before running");
@@ -91,16 +87,8 @@ fn gprs_before_and_after_running(host: &Host) -> Outcome {
         let after = m.vcpu.get_regs()?;
         for (i, register) in REGISTERS.into_iter().enumerate() {
             let set = regs.gpr[register as usize];
-            assert_eq!(
-                m.read_u64(layout::DATA + 8 * i as u64)?,
-                set,
-                "{register:?} in the guest"
-            );
-            assert_eq!(
-                after.gpr[register as usize],
-                set.wrapping_add(1),
-                "{register:?} afterwards"
-            );
+            assert_eq!(m.read_u64(layout::DATA + 8 * i as u64)?, set, "{register:?} in the guest");
+            assert_eq!(after.gpr[register as usize], set.wrapping_add(1), "{register:?} afterwards");
         }
         assert_eq!(after.gpr[16..], [0; 16]);
     }
@@ -123,10 +111,7 @@ fn gprs_at_every_exit(host: &Host) -> Outcome {
         m.expect_out(0x10, 1)?;
         m.quiesce()?;
         let mut regs = m.vcpu.get_regs()?;
-        assert_eq!(
-            (regs.gpr[Reg::Rbx as usize], regs.gpr[Reg::R15 as usize]),
-            (rbx_now, r15_now)
-        );
+        assert_eq!((regs.gpr[Reg::Rbx as usize], regs.gpr[Reg::R15 as usize]), (rbx_now, r15_now));
         regs.gpr[Reg::Rcx as usize] = i * i;
         m.vcpu.set_regs(&regs)?;
         m.expect_in(0x11, &[i as u8])?;
@@ -153,11 +138,7 @@ fn flags_are_set_and_read(host: &Host) -> Outcome {
         a.hlt()?;
         a.jmp(again)
     })?;
-    for bit in (0..12)
-        .map(|n| 1u64 << n)
-        .filter(|bit| bit & ALL != 0)
-        .chain([0, ALL])
-    {
+    for bit in (0..12).map(|n| 1u64 << n).filter(|bit| bit & ALL != 0).chain([0, ALL]) {
         let mut regs = m.vcpu.get_regs()?;
         regs.flags = regs.flags & !ALL | bit;
         m.vcpu.set_regs(&regs)?;
@@ -214,15 +195,9 @@ fn sregs_round_trip(host: &Host) -> Outcome {
         let after = m.x86().get_sregs()?;
         assert_eq!(after.gdt, sregs.gdt);
         assert_eq!(after.idt, sregs.idt);
-        assert_eq!(
-            (after.fs.base, after.gs.base),
-            (sregs.fs.base, sregs.gs.base)
-        );
+        assert_eq!((after.fs.base, after.gs.base), (sregs.fs.base, sregs.gs.base));
         assert_eq!(after.ldt.base, sregs.ldt.base);
-        assert_eq!(
-            (after.cr0, after.cr3, after.cr4),
-            (sregs.cr0, sregs.cr3, sregs.cr4)
-        );
+        assert_eq!((after.cr0, after.cr3, after.cr4), (sregs.cr0, sregs.cr3, sregs.cr4));
         assert_eq!((after.cr2, after.efer), (sregs.cr2, sregs.efer));
     }
     Ok(())
@@ -256,14 +231,8 @@ fn sregs_seen_by_guest(host: &Host) -> Outcome {
     sregs.idt.limit = 0x7ff;
     m.x86().set_sregs(&sregs)?;
     m.expect_halted()?;
-    assert_eq!(
-        (m.read_u64(d + 0x100)?, m.read_u64(d + 0x108)?),
-        (0x1111, 0x2222)
-    );
-    assert_eq!(
-        (m.read_u64(d + 0x110)?, m.read_u64(d + 0x118)?),
-        (0xdead_b000, layout::PAGE_TABLES)
-    );
+    assert_eq!((m.read_u64(d + 0x100)?, m.read_u64(d + 0x108)?), (0x1111, 0x2222));
+    assert_eq!((m.read_u64(d + 0x110)?, m.read_u64(d + 0x118)?), (0xdead_b000, layout::PAGE_TABLES));
     assert_eq!(m.read_u64(d + 0x120)?, sregs.cr0);
     for (at, table) in [(d + 0x130, sregs.gdt), (d + 0x140, sregs.idt)] {
         assert_eq!(u16::from_le_bytes(m.read(at)?), table.limit);
@@ -276,27 +245,24 @@ fn sregs_seen_by_guest(host: &Host) -> Outcome {
 fn sregs_changed_by_guest(host: &Host) -> Outcome {
     let d = layout::DATA;
     let table = |limit: u16, base: u64| [&limit.to_le_bytes()[..], &base.to_le_bytes()].concat();
-    let world = World::long()
-        .put(d, table(0x4f, layout::GDT))
-        .put(d + 0x10, table(0x1ff, 0x1_0000_2000))
-        .code(|a| {
-            a.lgdt(fword_ptr(d))?;
-            a.lidt(fword_ptr(d + 0x10))?;
-            a.mov(eax, u32::from(selector::USER_DATA))?;
-            a.mov(es, eax)?;
-            a.xor(eax, eax)?;
-            a.mov(gs, eax)?;
-            a.mov(eax, 0x7000)?;
-            a.mov(cr2, rax)?;
-            a.mov(rax, cr4)?;
-            a.or(eax, 0x80)?;
-            a.mov(cr4, rax)?;
-            a.mov(ecx, 0xc000_0100u32)?;
-            a.mov(eax, 0x5678)?;
-            a.mov(edx, 0x1234)?;
-            a.wrmsr()?;
-            a.hlt()
-        });
+    let world = World::long().put(d, table(0x4f, layout::GDT)).put(d + 0x10, table(0x1ff, 0x1_0000_2000)).code(|a| {
+        a.lgdt(fword_ptr(d))?;
+        a.lidt(fword_ptr(d + 0x10))?;
+        a.mov(eax, u32::from(selector::USER_DATA))?;
+        a.mov(es, eax)?;
+        a.xor(eax, eax)?;
+        a.mov(gs, eax)?;
+        a.mov(eax, 0x7000)?;
+        a.mov(cr2, rax)?;
+        a.mov(rax, cr4)?;
+        a.or(eax, 0x80)?;
+        a.mov(cr4, rax)?;
+        a.mov(ecx, 0xc000_0100u32)?;
+        a.mov(eax, 0x5678)?;
+        a.mov(edx, 0x1234)?;
+        a.wrmsr()?;
+        a.hlt()
+    });
     let mut m = Machine::new(host, &world)?;
     let before = m.x86().get_sregs()?;
     m.expect_halted()?;
@@ -345,18 +311,14 @@ fn sample_fpu() -> X86FpuRegs {
         fcw: 0x27f,
         // The top of the stack is register 0, all are in use.
         ftw: 0xff,
-        xmm: std::array::from_fn(|i| {
-            0x0123_4567_89ab_cdef_0f1e_2d3c_4b5a_6978u128.rotate_left(i as u32 * 8)
-        }),
+        xmm: std::array::from_fn(|i| 0x0123_4567_89ab_cdef_0f1e_2d3c_4b5a_6978u128.rotate_left(i as u32 * 8)),
         mxcsr: 0x9fc0,
         ..X86FpuRegs::default()
     }
 }
 
-const XMM: [AsmRegisterXmm; 16] = [
-    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14,
-    xmm15,
-];
+const XMM: [AsmRegisterXmm; 16] =
+    [xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14, xmm15];
 
 /// Ring 3, because some hosts execute floating-point instructions only there.
 fn fpu_seen_by_guest(host: &Host) -> Outcome {
@@ -376,27 +338,15 @@ fn fpu_seen_by_guest(host: &Host) -> Outcome {
     let mut m = Machine::new(host, &world)?;
     let set = sample_fpu();
     m.vcpu.set_fpu_regs(&FpuRegs::X86(set))?;
-    assert_eq!(
-        m.vcpu.get_fpu_regs()?,
-        FpuRegs::X86(set),
-        "read back before running"
-    );
+    assert_eq!(m.vcpu.get_fpu_regs()?, FpuRegs::X86(set), "read back before running");
     m.expect_mmio_write(layout::MMIO, &[0])?;
     for i in 0..16 {
-        assert_eq!(
-            u128::from_le_bytes(m.read(d + 16 * i)?),
-            set.xmm[i as usize],
-            "XMM{i} in the guest"
-        );
+        assert_eq!(u128::from_le_bytes(m.read(d + 16 * i)?), set.xmm[i as usize], "XMM{i} in the guest");
     }
     for i in 0..8 {
         let mut value = [0; 16];
         value[..10].copy_from_slice(&m.read::<10>(d + 0x100 + 16 * i)?);
-        assert_eq!(
-            u128::from_le_bytes(value),
-            set.st[i as usize],
-            "ST({i}) in the guest"
-        );
+        assert_eq!(u128::from_le_bytes(value), set.st[i as usize], "ST({i}) in the guest");
     }
     assert_eq!(m.read(d + 0x200)?, set.mxcsr.to_le_bytes());
     assert_eq!(m.read(d + 0x208)?, set.fcw.to_le_bytes());
@@ -406,20 +356,17 @@ fn fpu_seen_by_guest(host: &Host) -> Outcome {
 fn fpu_changed_by_guest(host: &Host) -> Outcome {
     let d = layout::DATA;
     let values: Vec<u8> = (0..=255).collect();
-    let world = World::user()
-        .put(d, values.clone())
-        .put(d + 0x200, 0x1f81u32.to_le_bytes())
-        .code(|a| {
-            for (i, register) in XMM.into_iter().enumerate() {
-                a.movups(register, xmmword_ptr(d + 16 * i as u64))?;
-            }
-            a.ldmxcsr(dword_ptr(d + 0x200))?;
-            a.fninit()?;
-            a.fldpi()?;
-            a.fld1()?;
-            a.mov(edi, layout::MMIO as u32)?;
-            a.mov(byte_ptr(rdi), al)
-        });
+    let world = World::user().put(d, values.clone()).put(d + 0x200, 0x1f81u32.to_le_bytes()).code(|a| {
+        for (i, register) in XMM.into_iter().enumerate() {
+            a.movups(register, xmmword_ptr(d + 16 * i as u64))?;
+        }
+        a.ldmxcsr(dword_ptr(d + 0x200))?;
+        a.fninit()?;
+        a.fldpi()?;
+        a.fld1()?;
+        a.mov(edi, layout::MMIO as u32)?;
+        a.mov(byte_ptr(rdi), al)
+    });
     let mut m = Machine::new(host, &world)?;
     m.expect_mmio_write(layout::MMIO, &[0])?;
     let FpuRegs::X86(fpu) = m.vcpu.get_fpu_regs()? else {
@@ -439,15 +386,9 @@ fn fpu_changed_by_guest(host: &Host) -> Outcome {
 fn fpu_refuses_reserved_bits(host: &Host) -> Outcome {
     let mut m = Machine::long(host, |a| a.hlt())?;
     let before = m.vcpu.get_fpu_regs()?;
-    let bad = X86FpuRegs {
-        mxcsr: 0x8000_0000,
-        ..X86FpuRegs::default()
-    };
+    let bad = X86FpuRegs { mxcsr: 0x8000_0000, ..X86FpuRegs::default() };
     let refused = m.vcpu.set_fpu_regs(&FpuRegs::X86(bad));
-    assert!(
-        matches!(refused, Err(AccelError::InvalidArgument { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     assert_eq!(m.vcpu.get_fpu_regs()?, before);
     m.expect_halted()
 }
@@ -459,11 +400,7 @@ const AVX: usize = 576;
 
 /// True if the host has AVX, with which bits 0–2 of XCR0 can be set.
 fn enable_xsave(m: &mut Machine) -> Outcome<bool> {
-    let avx = m
-        .x86()
-        .supported_cpuid()?
-        .iter()
-        .any(|entry| entry.leaf == 1 && entry.ecx & (1 << 28) != 0);
+    let avx = m.x86().supported_cpuid()?.iter().any(|entry| entry.leaf == 1 && entry.ecx & (1 << 28) != 0);
     let mut sregs = m.x86().get_sregs()?;
     sregs.cr4 |= 1 << 18;
     m.x86().set_sregs(&sregs)?;
@@ -492,11 +429,7 @@ fn xsave_round_trip(host: &Host) -> Outcome {
     }
     m.expect_halted()?;
     let after = m.x86().get_xsave()?;
-    assert_eq!(
-        X86FpuRegs::from_xsave(&after)?,
-        sample_fpu(),
-        "after running"
-    );
+    assert_eq!(X86FpuRegs::from_xsave(&after)?, sample_fpu(), "after running");
     if avx {
         assert_eq!(after[AVX..AVX + 256], area[AVX..AVX + 256], "after running");
     }
@@ -537,11 +470,7 @@ fn xsave_wide_vectors_seen_by_guest(host: &Host) -> Outcome {
         assert_eq!(u128::from_le_bytes(m.read(at)?), sample_fpu().xmm[register]);
         if avx {
             let upper: [u8; 16] = m.read(at + 16)?;
-            assert_eq!(
-                upper[..],
-                area[AVX + 16 * register..][..16],
-                "upper half of YMM{register}"
-            );
+            assert_eq!(upper[..], area[AVX + 16 * register..][..16], "upper half of YMM{register}");
         }
     }
     Ok(())
@@ -553,10 +482,7 @@ fn xsave_of_another_length_is_refused(host: &Host) -> Outcome {
     let long = [&area[..], &[0]].concat();
     for wrong in [&area[..area.len() - 1], &long, &[]] {
         let refused = m.x86().set_xsave(wrong);
-        assert!(
-            matches!(refused, Err(AccelError::InvalidArgument { .. })),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     }
     m.x86().set_xsave(&area)?;
     m.expect_halted()
@@ -567,10 +493,7 @@ fn xcrs_round_trip(host: &Host) -> Outcome {
     let initial = m.x86().get_xcrs()?;
     assert_eq!(initial, [Xcr { index: 0, value: 1 }], "XCR0 after reset");
     let avx = enable_xsave(&mut m)?;
-    let set = [Xcr {
-        index: 0,
-        value: if avx { 7 } else { 3 },
-    }];
+    let set = [Xcr { index: 0, value: if avx { 7 } else { 3 } }];
     assert_eq!(m.x86().get_xcrs()?, set);
     m.expect_halted()?;
     assert_eq!(m.x86().get_xcrs()?, set);
@@ -608,24 +531,14 @@ fn msrs_seen_and_changed_by_guest(host: &Host) -> Outcome {
     })?;
     let set: Vec<X86Msr> = indices
         .into_iter()
-        .zip([
-            0x1b_0008_0000_0000,
-            0xffff_ffff_8100_0000,
-            0xffff_8880_0000_1000,
-            0x1234_5678,
-        ])
+        .zip([0x1b_0008_0000_0000, 0xffff_ffff_8100_0000, 0xffff_8880_0000_1000, 0x1234_5678])
         .map(|(index, value)| msr(index, value))
         .collect();
     m.x86().set_msrs(&set)?;
     assert_eq!(m.x86().get_msrs(&indices)?, set);
     m.expect_halted()?;
     for (i, set) in set.iter().enumerate() {
-        assert_eq!(
-            m.read_u64(d + 8 * i as u64)?,
-            set.value,
-            "MSR {:#x} in the guest",
-            set.index
-        );
+        assert_eq!(m.read_u64(d + 8 * i as u64)?, set.value, "MSR {:#x} in the guest", set.index);
     }
     let after = m.x86().get_msrs(&indices)?;
     for (set, after) in set.iter().zip(after) {
@@ -637,21 +550,8 @@ fn msrs_seen_and_changed_by_guest(host: &Host) -> Outcome {
 fn msr_lists_stop_at_the_first_refusal(host: &Host) -> Outcome {
     let mut m = Machine::long(host, |a| a.hlt())?;
     m.x86().set_msrs(&[msr(MSR_STAR, 1), msr(MSR_LSTAR, 2)])?;
-    let refused = m.x86().set_msrs(&[
-        msr(MSR_STAR, 0x11),
-        msr(MSR_NOBODY, 5),
-        msr(MSR_LSTAR, 0x22),
-    ]);
-    let as_expected = |error: &AccelError| {
-        matches!(
-            error,
-            AccelError::Msr {
-                index: MSR_NOBODY,
-                done: 1,
-                ..
-            }
-        )
-    };
+    let refused = m.x86().set_msrs(&[msr(MSR_STAR, 0x11), msr(MSR_NOBODY, 5), msr(MSR_LSTAR, 0x22)]);
+    let as_expected = |error: &AccelError| matches!(error, AccelError::Msr { index: MSR_NOBODY, done: 1, .. });
     assert!(refused.as_ref().is_err_and(as_expected), "{refused:?}");
     let now = m.x86().get_msrs(&[MSR_STAR, MSR_LSTAR])?;
     assert_eq!(now, [msr(MSR_STAR, 0x11), msr(MSR_LSTAR, 2)]);
@@ -666,10 +566,7 @@ fn listed_msrs(host: &Host, chip: IrqChip) -> Outcome {
     let mut m = Machine::with_chip(host, &World::long().code(|a| a.hlt()), chip)?;
     let indices = m.x86().msr_indices()?;
     for needed in [0x10, MSR_STAR, MSR_LSTAR, MSR_KERNEL_GS_BASE] {
-        assert!(
-            indices.contains(&needed),
-            "MSR {needed:#x} is not in the list"
-        );
+        assert!(indices.contains(&needed), "MSR {needed:#x} is not in the list");
     }
     let values = m.x86().get_msrs(&indices)?;
     assert_eq!(values.len(), indices.len());
@@ -752,10 +649,7 @@ fn cpuid_set_is_what_the_guest_sees(host: &Host) -> Outcome {
     // A list that no platform takes.
     let too_many = vec![mine[0]; 10_000];
     let refused = m.x86().set_cpuid(&too_many);
-    assert!(
-        matches!(refused, Err(AccelError::InvalidArgument { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(AccelError::InvalidArgument { .. })), "{refused:?}");
     Ok(())
 }
 
@@ -767,11 +661,7 @@ fn debug_registers(host: &Host) -> Outcome {
         a.mov(dr2, rcx)?;
         a.hlt()
     })?;
-    let set = X86DebugRegs {
-        db: [0x1111_0000, 0xffff_8000_0000_2222, 0x3333, 0x4444],
-        dr6: 0xffff_0ff0,
-        dr7: 0x400,
-    };
+    let set = X86DebugRegs { db: [0x1111_0000, 0xffff_8000_0000_2222, 0x3333, 0x4444], dr6: 0xffff_0ff0, dr7: 0x400 };
     m.x86().set_debug_regs(&set)?;
     assert_eq!(m.x86().get_debug_regs()?, set);
     m.expect_halted()?;
@@ -785,20 +675,9 @@ fn events_round_trip(host: &Host) -> Outcome {
     let mut m = Machine::long(host, |a| a.hlt())?;
     assert_eq!(m.x86().get_events()?, X86Events::default());
     for set in [
-        X86Events {
-            exception_injected: Some(13),
-            exception_error_code: Some(0x18),
-            ..X86Events::default()
-        },
-        X86Events {
-            interrupt_injected: Some(0x40),
-            ..X86Events::default()
-        },
-        X86Events {
-            nmi_pending: true,
-            nmi_masked: true,
-            ..X86Events::default()
-        },
+        X86Events { exception_injected: Some(13), exception_error_code: Some(0x18), ..X86Events::default() },
+        X86Events { interrupt_injected: Some(0x40), ..X86Events::default() },
+        X86Events { nmi_pending: true, nmi_masked: true, ..X86Events::default() },
         X86Events::default(),
     ] {
         m.x86().set_events(&set)?;
@@ -818,10 +697,7 @@ fn exception_is_injected(host: &Host) -> Outcome {
     assert_eq!((report.error_code, report.ip), (0x18, layout::CODE));
     assert_eq!(m.x86().get_events()?.exception_injected, None);
     m.expect_halted()?;
-    m.x86().set_events(&X86Events {
-        exception_injected: Some(6),
-        ..X86Events::default()
-    })?;
+    m.x86().set_events(&X86Events { exception_injected: Some(6), ..X86Events::default() })?;
     let report = m.expect_vector(6)?;
     assert_eq!((report.ip, report.count), (layout::CODE + 1, 2));
     Ok(())
@@ -830,10 +706,7 @@ fn exception_is_injected(host: &Host) -> Outcome {
 fn interrupt_in_delivery_is_injected(host: &Host) -> Outcome {
     let mut m = Machine::long(host, |a| a.hlt())?;
     // In delivery already, so IF does not matter.
-    m.x86().set_events(&X86Events {
-        interrupt_injected: Some(0x61),
-        ..X86Events::default()
-    })?;
+    m.x86().set_events(&X86Events { interrupt_injected: Some(0x61), ..X86Events::default() })?;
     assert_eq!(m.expect_vector(0x61)?.ip, layout::CODE);
     m.expect_halted()
 }
@@ -859,20 +732,12 @@ fn lapic_round_trip(host: &Host) -> Outcome {
     m.x86().set_lapic(&lapic)?;
     let back = m.x86().get_lapic()?;
     for register in [0xf0, 0x320, 0x380] {
-        assert_eq!(
-            back.reg(register),
-            lapic.reg(register),
-            "register {register:#x}"
-        );
+        assert_eq!(back.reg(register), lapic.reg(register), "register {register:#x}");
     }
     m.expect_out(0x10, 1)?;
     assert_eq!(m.read(layout::DATA)?, 0x1ffu32.to_le_bytes());
     assert_eq!(m.read(layout::DATA + 4)?, 0x1234u32.to_le_bytes());
-    assert_eq!(
-        m.x86().get_lapic()?.reg(0x80),
-        Some(0x30),
-        "as the guest left it"
-    );
+    assert_eq!(m.x86().get_lapic()?.reg(0x80), Some(0x30), "as the guest left it");
     Ok(())
 }
 
@@ -890,11 +755,7 @@ fn lapic_needs_a_controller(host: &Host) -> Outcome {
 }
 
 fn mp_state(host: &Host) -> Outcome {
-    let mut m = Machine::with_chip(
-        host,
-        &World::long().code(|a| a.out(0x10, al)),
-        IrqChip::Kernel,
-    )?;
+    let mut m = Machine::with_chip(host, &World::long().code(|a| a.out(0x10, al)), IrqChip::Kernel)?;
     assert_eq!(m.x86().get_mp_state()?, MpState::Runnable);
     for state in [MpState::Halted, MpState::Uninitialized, MpState::Runnable] {
         m.x86().set_mp_state(state)?;
@@ -940,10 +801,7 @@ fn tsc_can_be_set(host: &Host) -> Outcome {
     assert!(m.x86().get_tsc()? >= VALUE);
     m.expect_halted()?;
     let seen = m.gpr(Reg::Rax)?;
-    assert!(
-        (VALUE..2 * VALUE).contains(&seen),
-        "the guest sees {seen:#x}"
-    );
+    assert!((VALUE..2 * VALUE).contains(&seen), "the guest sees {seen:#x}");
     Ok(())
 }
 
@@ -951,10 +809,7 @@ fn translate_linear_addresses(host: &Host) -> Outcome {
     const HIGH: u64 = 0x2_0000_0000;
     let directory = layout::SPARE_TABLES;
     let world = World::long()
-        .put(
-            layout::PAGE_TABLES + 0x1000 + 8 * (HIGH >> 30),
-            (directory | PTE_TABLE).to_le_bytes(),
-        )
+        .put(layout::PAGE_TABLES + 0x1000 + 8 * (HIGH >> 30), (directory | PTE_TABLE).to_le_bytes())
         .put(directory, (0x20_0000 | PTE_LARGE).to_le_bytes())
         .code(|a| a.hlt());
     let mut m = Machine::new(host, &world)?;

@@ -3,9 +3,7 @@
 
 use crate::harness::{Host, Machine, Outcome, cases, fail};
 use std::sync::atomic::{AtomicBool, Ordering};
-use vm_accel::x86_64::{
-    CpuidEntry, LapicState, MpState, Reg, X86DebugRegs, X86Events, X86Msr, X86Sregs, Xcr,
-};
+use vm_accel::x86_64::{CpuidEntry, LapicState, MpState, Reg, X86DebugRegs, X86Events, X86Msr, X86Sregs, Xcr};
 use vm_accel::{GuestRegs, IrqChip, VcpuExit};
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{World, flags, layout};
@@ -115,15 +113,8 @@ fn hop_at_exits_ring0(host: &Host) -> Outcome {
         a.hlt()
     });
     let mut m = Machine::new(host, &world)?;
-    m.x86().set_debug_regs(&X86DebugRegs {
-        db: [1, 2, 3, 4],
-        dr6: 0xffff_0ff0,
-        dr7: 0x400,
-    })?;
-    m.x86().set_msrs(&[X86Msr {
-        index: 0xc000_0082,
-        value: 0x1234,
-    }])?;
+    m.x86().set_debug_regs(&X86DebugRegs { db: [1, 2, 3, 4], dr6: 0xffff_0ff0, dr7: 0x400 })?;
+    m.x86().set_msrs(&[X86Msr { index: 0xc000_0082, value: 0x1234 }])?;
     for turn in 1..=TURNS {
         m.expect_out_data(0x10, &expected(turn).0.to_le_bytes())?;
         m.quiesce()?;
@@ -150,11 +141,7 @@ fn hop_between_accesses_of_an_instruction(host: &Host) -> Outcome {
     for turn in 0..2u64 {
         m.expect_mmio_read(layout::MMIO + 4 * turn, &[turn as u8 + 1; 4])?;
         match m.vcpu.quiesce()? {
-            VcpuExit::Mmio {
-                addr,
-                is_write: true,
-                ..
-            } => assert_eq!(addr, layout::MMIO + 0x1000 + 4 * turn),
+            VcpuExit::Mmio { addr, is_write: true, .. } => assert_eq!(addr, layout::MMIO + 0x1000 + 4 * turn),
             other => fail!("exit is {other:?}"),
         }
         assert_eq!(m.vcpu.io_data()?, [turn as u8 + 1; 4]);
@@ -167,29 +154,24 @@ fn hop_between_accesses_of_an_instruction(host: &Host) -> Outcome {
 /// Ring 3 with SSE, stopped at arbitrary instructions.
 fn hop_at_kicks_ring3(host: &Host) -> Outcome {
     const TURNS: u32 = 30_000_000;
-    let world = World::user()
-        .put(
-            layout::DATA,
-            [1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0],
-        )
-        .code(|a| {
-            let mut again = a.create_label();
-            a.movups(xmm1, xmmword_ptr(layout::DATA))?;
-            a.pxor(xmm2, xmm2)?;
-            a.xor(ebx, ebx)?;
-            a.mov(eax, 1)?;
-            a.mov(ecx, TURNS)?;
-            a.set_label(&mut again)?;
-            a.imul_3(eax, eax, MULTIPLIER as i32)?;
-            a.add(eax, INCREMENT)?;
-            a.add(ebx, eax)?;
-            a.paddd(xmm2, xmm1)?;
-            a.dec(ecx)?;
-            a.jne(again)?;
-            a.movups(xmmword_ptr(layout::DATA + 0x10), xmm2)?;
-            a.mov(edi, layout::MMIO as u32)?;
-            a.mov(dword_ptr(rdi), ebx)
-        });
+    let world = World::user().put(layout::DATA, [1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0]).code(|a| {
+        let mut again = a.create_label();
+        a.movups(xmm1, xmmword_ptr(layout::DATA))?;
+        a.pxor(xmm2, xmm2)?;
+        a.xor(ebx, ebx)?;
+        a.mov(eax, 1)?;
+        a.mov(ecx, TURNS)?;
+        a.set_label(&mut again)?;
+        a.imul_3(eax, eax, MULTIPLIER as i32)?;
+        a.add(eax, INCREMENT)?;
+        a.add(ebx, eax)?;
+        a.paddd(xmm2, xmm1)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        a.movups(xmmword_ptr(layout::DATA + 0x10), xmm2)?;
+        a.mov(edi, layout::MMIO as u32)?;
+        a.mov(dword_ptr(rdi), ebx)
+    });
     let mut m = Machine::new(host, &world)?;
     let mut hops = 0;
     loop {
@@ -213,22 +195,12 @@ fn hop_at_kicks_ring3(host: &Host) -> Outcome {
                 m = hop(host, m, IrqChip::None)?;
                 hops += 1;
             }
-            VcpuExit::Mmio {
-                addr: layout::MMIO,
-                is_write: true,
-                ..
-            } => break,
+            VcpuExit::Mmio { addr: layout::MMIO, is_write: true, .. } => break,
             other => fail!("exit is {other:?} after {hops} hops"),
         }
     }
-    assert_eq!(
-        m.vcpu.io_data()?,
-        expected(TURNS).1.to_le_bytes(),
-        "after {hops} hops"
-    );
-    let lanes = [1u32, 2, 3, 4]
-        .map(|n| n.wrapping_mul(TURNS).to_le_bytes())
-        .concat();
+    assert_eq!(m.vcpu.io_data()?, expected(TURNS).1.to_le_bytes(), "after {hops} hops");
+    let lanes = [1u32, 2, 3, 4].map(|n| n.wrapping_mul(TURNS).to_le_bytes()).concat();
     assert_eq!(m.read::<16>(layout::DATA + 0x10)?[..], lanes);
     Ok(())
 }
@@ -249,11 +221,7 @@ fn hop_with_interrupts_pending(host: &Host) -> Outcome {
     m.expect_out(0x10, 1)?;
     m.quiesce()?;
     for vector in [0x51, 0x62] {
-        m.vm.signal_msi(vm_accel::MsiMessage {
-            address: 0xfee0_0000,
-            data: vector,
-            device_id: None,
-        })?;
+        m.vm.signal_msi(vm_accel::MsiMessage { address: 0xfee0_0000, data: vector, device_id: None })?;
     }
     m = hop(host, m, IrqChip::Kernel)?;
     // The higher one first (Intel SDM vol. 3, 11.8.3).

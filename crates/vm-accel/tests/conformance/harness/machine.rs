@@ -3,9 +3,7 @@
 use super::{Host, Outcome, fail};
 use std::sync::Arc;
 use vm_accel::x86_64::{DescriptorTable, Reg, Segment, X86Sregs, X86Vcpu};
-use vm_accel::{
-    Accel, GuestRegion, GuestRegs, IoDirection, IrqChip, MemoryFlags, VcpuExit, VcpuOps,
-};
+use vm_accel::{Accel, GuestRegion, GuestRegs, IoDirection, IrqChip, MemoryFlags, VcpuExit, VcpuOps};
 use vm_accel_guests::Bits;
 use vm_accel_guests::asm::CodeAssembler;
 use vm_accel_guests::world::{CpuState, REPORT_PORT, Report, SegmentState, World, layout};
@@ -49,14 +47,8 @@ pub(crate) fn sregs(cpu: &CpuState, reset: &X86Sregs) -> X86Sregs {
         gs: data,
         ss: data,
         tr: segment(&cpu.tr),
-        gdt: DescriptorTable {
-            base: cpu.gdt.0,
-            limit: cpu.gdt.1,
-        },
-        idt: DescriptorTable {
-            base: cpu.idt.0,
-            limit: cpu.idt.1,
-        },
+        gdt: DescriptorTable { base: cpu.gdt.0, limit: cpu.gdt.1 },
+        idt: DescriptorTable { base: cpu.idt.0, limit: cpu.idt.1 },
         cr0: cpu.cr0,
         cr3: cpu.cr3,
         cr4: cpu.cr4,
@@ -72,11 +64,7 @@ pub(crate) fn set_up_vcpu(vcpu: &mut dyn VcpuOps, cpu: &CpuState) -> Outcome {
     x86.set_cpuid(&cpuid)?;
     let reset = x86.get_sregs()?;
     x86.set_sregs(&sregs(cpu, &reset))?;
-    let mut regs = GuestRegs {
-        pc: cpu.rip,
-        flags: cpu.rflags,
-        ..GuestRegs::default()
-    };
+    let mut regs = GuestRegs { pc: cpu.rip, flags: cpu.rflags, ..GuestRegs::default() };
     regs.gpr[Reg::Rsp as usize] = cpu.rsp;
     vcpu.set_regs(&regs)?;
     Ok(())
@@ -97,12 +85,7 @@ impl Machine {
         Self::build(host, world, chip, MemoryFlags::RAM)
     }
 
-    pub(crate) fn build(
-        host: &Host,
-        world: &World,
-        chip: IrqChip,
-        flags: MemoryFlags,
-    ) -> Outcome<Self> {
+    pub(crate) fn build(host: &Host, world: &World, chip: IrqChip, flags: MemoryFlags) -> Outcome<Self> {
         let mut vm = host.vm()?;
         vm.create_irqchip(chip)?;
         let ram = GuestRegion::anonymous(layout::RAM_SIZE)?;
@@ -113,12 +96,7 @@ impl Machine {
         let mut vcpu = vm.create_vcpu(0)?;
         set_up_vcpu(&mut *vcpu, &world.cpu)?;
         host.watch.add(vcpu.kick_handle()?);
-        Ok(Self {
-            vcpu,
-            vm,
-            ram,
-            watch: host.watch.clone(),
-        })
+        Ok(Self { vcpu, vm, ram, watch: host.watch.clone() })
     }
 
     /// A long-mode ring 0 guest with this program.
@@ -137,10 +115,7 @@ impl Machine {
     pub(crate) fn run(&mut self) -> Outcome<VcpuExit> {
         let result = self.vcpu.run();
         if self.watch.expired() {
-            fail!(
-                "the deadline passed; last: {result:?}, {:x?}",
-                self.vcpu.get_regs()
-            );
+            fail!("the deadline passed; last: {result:?}, {:x?}", self.vcpu.get_regs());
         }
         match result {
             Ok(VcpuExit::Interrupt) => fail!("run() returned Interrupt without a kick"),
@@ -152,10 +127,7 @@ impl Machine {
     pub(crate) fn expect(&mut self, expected: VcpuExit) -> Outcome {
         let exit = self.run()?;
         if exit != expected {
-            fail!(
-                "exit is {exit:x?}, expected {expected:x?}; {}",
-                self.state()
-            );
+            fail!("exit is {exit:x?}, expected {expected:x?}; {}", self.state());
         }
         Ok(())
     }
@@ -166,11 +138,7 @@ impl Machine {
 
     /// An OUT of `size`-byte elements; answers all the bytes.
     pub(crate) fn expect_out(&mut self, port: u16, size: u8) -> Outcome<Vec<u8>> {
-        self.expect(VcpuExit::Io {
-            port,
-            direction: IoDirection::Out,
-            size,
-        })?;
+        self.expect(VcpuExit::Io { port, direction: IoDirection::Out, size })?;
         Ok(self.vcpu.io_data()?.to_vec())
     }
 
@@ -185,21 +153,13 @@ impl Machine {
 
     /// An IN of one element, answered with `data`.
     pub(crate) fn expect_in(&mut self, port: u16, data: &[u8]) -> Outcome {
-        self.expect(VcpuExit::Io {
-            port,
-            direction: IoDirection::In,
-            size: data.len() as u8,
-        })?;
+        self.expect(VcpuExit::Io { port, direction: IoDirection::In, size: data.len() as u8 })?;
         self.vcpu.complete_read(data)?;
         Ok(())
     }
 
     pub(crate) fn expect_mmio_write(&mut self, addr: u64, data: &[u8]) -> Outcome {
-        self.expect(VcpuExit::Mmio {
-            addr,
-            size: data.len() as u8,
-            is_write: true,
-        })?;
+        self.expect(VcpuExit::Mmio { addr, size: data.len() as u8, is_write: true })?;
         let written = self.vcpu.io_data()?;
         if written != data {
             fail!("MMIO write to {addr:#x} is {written:02x?}, expected {data:02x?}");
@@ -208,11 +168,7 @@ impl Machine {
     }
 
     pub(crate) fn expect_mmio_read(&mut self, addr: u64, data: &[u8]) -> Outcome {
-        self.expect(VcpuExit::Mmio {
-            addr,
-            size: data.len() as u8,
-            is_write: false,
-        })?;
+        self.expect(VcpuExit::Mmio { addr, size: data.len() as u8, is_write: false })?;
         self.vcpu.complete_read(data)?;
         Ok(())
     }
@@ -269,11 +225,7 @@ impl Machine {
     /// Where the guest is, for messages.
     fn state(&mut self) -> String {
         let data = self.vcpu.io_data().map(<[u8]>::to_vec);
-        format!(
-            "data {data:02x?}, regs {:x?}, report {:x?}",
-            self.vcpu.get_regs(),
-            self.report()
-        )
+        format!("data {data:02x?}, regs {:x?}, report {:x?}", self.vcpu.get_regs(), self.report())
     }
 }
 

@@ -89,16 +89,10 @@ pub(crate) struct Suite {
 
 /// Runs all themes on all backends.
 pub(crate) fn main(suite: &'static Suite) -> ExitCode {
-    let Suite {
-        themes, exceptions, ..
-    } = suite;
+    let Suite { themes, exceptions, .. } = suite;
     let args = Arguments::from_args();
     let required = std::env::var("VM_ACCEL_REQUIRE").unwrap_or_default();
-    let required: Vec<&str> = required
-        .split(',')
-        .map(str::trim)
-        .filter(|name| !name.is_empty())
-        .collect();
+    let required: Vec<&str> = required.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
     for name in &required {
         if !BACKENDS.iter().any(|backend| backend.name == *name) {
             eprintln!("VM_ACCEL_REQUIRE: the suite knows no backend {name:?}");
@@ -108,18 +102,9 @@ pub(crate) fn main(suite: &'static Suite) -> ExitCode {
     for exception in *exceptions {
         let known = themes
             .iter()
-            .flat_map(|theme| {
-                theme
-                    .cases
-                    .iter()
-                    .map(|case| format!("{}::{}", theme.name, case.name))
-            })
+            .flat_map(|theme| theme.cases.iter().map(|case| format!("{}::{}", theme.name, case.name)))
             .any(|name| name == exception.case);
-        assert!(
-            known,
-            "the table of exceptions names a case that does not exist: {}",
-            exception.case
-        );
+        assert!(known, "the table of exceptions names a case that does not exist: {}", exception.case);
     }
 
     let mut trials = Vec::new();
@@ -130,10 +115,7 @@ pub(crate) fn main(suite: &'static Suite) -> ExitCode {
             Err(why) => {
                 let required = required.contains(&backend.name);
                 let text = format!("required, but {why}");
-                trials.push(
-                    Trial::test(backend.name, move || Err(Failed::from(text)))
-                        .with_ignored_flag(!required),
-                );
+                trials.push(Trial::test(backend.name, move || Err(Failed::from(text))).with_ignored_flag(!required));
                 if !required {
                     skips.push((backend.name.to_owned(), why.to_string()));
                 }
@@ -158,11 +140,7 @@ pub(crate) fn main(suite: &'static Suite) -> ExitCode {
 /// True if the command line does not leave the test out: what is not asked for is not reported as skipped either.
 fn is_selected(args: &Arguments, name: &str) -> bool {
     let hit = |filter: &String| {
-        if args.exact {
-            name == filter
-        } else {
-            name.contains(filter.as_str())
-        }
+        if args.exact { name == filter } else { name.contains(filter.as_str()) }
     };
     args.filter.as_ref().is_none_or(hit) && !args.skip.iter().any(hit)
 }
@@ -174,11 +152,7 @@ fn add_backend(
     trials: &mut Vec<Trial>,
     skips: &mut Vec<(String, String)>,
 ) {
-    let Suite {
-        themes,
-        exceptions,
-        limit,
-    } = suite;
+    let Suite { themes, exceptions, limit } = suite;
     let holds = |when| match when {
         When::InterpretedRing0 => caps.emulates_ring0 == Some(true),
         When::EmulatedCpu => backend.native && cpu_is_emulated(),
@@ -221,11 +195,7 @@ fn run_case(
         }
     }
     let watch = Arc::new(Watch::new(limit));
-    let host = Host {
-        backend,
-        caps,
-        watch: watch.clone(),
-    };
+    let host = Host { backend, caps, watch: watch.clone() };
     std::thread::scope(|scope| {
         let guard = watch.clone();
         scope.spawn(move || guard.guard(name));

@@ -25,12 +25,7 @@ struct State {
 
 impl Watch {
     pub(crate) fn new(limit: Duration) -> Self {
-        Self {
-            state: Mutex::default(),
-            wake: Condvar::new(),
-            begun: Instant::now(),
-            limit,
-        }
+        Self { state: Mutex::default(), wake: Condvar::new(), begun: Instant::now(), limit }
     }
 
     /// From now on the vCPU is kicked when the time is over.
@@ -61,11 +56,7 @@ impl Watch {
                 state.kicks.iter().for_each(VcpuKick::kick);
             }
             let wait = left.clamp(Duration::from_millis(50), self.limit);
-            state = self
-                .wake
-                .wait_timeout(state, wait)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.wake.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
