@@ -37,21 +37,15 @@ impl Apt {
     /// Opens the private state, and fetches the package lists if they are missing or old.
     pub(crate) fn open() -> Result<Self> {
         for program in ["apt-get", "apt-cache", "dpkg-deb"] {
-            process::require(program, "apt dpkg")
-                .context("the guests come from Debian's archive and need apt")?;
+            process::require(program, "apt dpkg").context("the guests come from Debian's archive and need apt")?;
         }
-        let apt = Self {
-            dir: workspace::cache().join("apt"),
-        };
+        let apt = Self { dir: workspace::cache().join("apt") };
         for dir in ["lists/partial", "cache/archives/partial", "unpack"] {
             fs::create_dir_all(apt.dir.join(dir))?;
         }
         apt.write_config()?;
         let stamp = stamp();
-        let age = fs::metadata(&stamp)
-            .and_then(|m| m.modified())
-            .ok()
-            .and_then(|t| t.elapsed().ok());
+        let age = fs::metadata(&stamp).and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
         if age.is_none_or(|age| age > LISTS_LIFETIME) {
             println!("fetching package lists");
             process::run(apt.command("apt-get").args(["-qq", "update"]))?;
@@ -78,18 +72,12 @@ impl Apt {
             .map(str::trim)
             .find(|version| version.starts_with(prefix))
             .map(str::to_owned)
-            .with_context(|| {
-                format!("the apt sources of this machine have no package {package} {prefix}")
-            })
+            .with_context(|| format!("the apt sources of this machine have no package {package} {prefix}"))
     }
 
     /// The first dependency of `package` whose name begins with `prefix`: what a meta package stands for.
     pub(crate) fn dependency(&self, package: &str, prefix: &str) -> Result<String> {
-        let record =
-            process::text(
-                self.command("apt-cache")
-                    .args(["show", "--no-all-versions", package]),
-            )?;
+        let record = process::text(self.command("apt-cache").args(["show", "--no-all-versions", package]))?;
         record
             .lines()
             .filter_map(|line| line.strip_prefix("Depends:"))
@@ -107,18 +95,15 @@ impl Apt {
             fs::remove_dir_all(&dir)?;
         }
         fs::create_dir_all(&dir)?;
-        process::run(self.command("apt-get").args(["-qq", "download", package]).current_dir(&dir)).with_context(|| {
-            format!("cannot fetch {package}; if the package lists are outdated, `cargo xtask guests --update` helps")
-        })?;
-        let debs: Vec<PathBuf> = fs::read_dir(&dir)?
-            .map(|e| e.map(|e| e.path()))
-            .collect::<Result<_, _>>()?;
-        let [deb] = &debs[..] else {
-            bail!(
-                "apt-get download {package} left {} files, not one",
-                debs.len()
-            )
-        };
+        process::run(self.command("apt-get").args(["-qq", "download", package]).current_dir(&dir)).with_context(
+            || {
+                format!(
+                    "cannot fetch {package}; if the package lists are outdated, `cargo xtask guests --update` helps"
+                )
+            },
+        )?;
+        let debs: Vec<PathBuf> = fs::read_dir(&dir)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+        let [deb] = &debs[..] else { bail!("apt-get download {package} left {} files, not one", debs.len()) };
         fs::create_dir_all(into)?;
         process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(into))?;
         fs::remove_dir_all(&dir)?;
@@ -137,10 +122,7 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command
-            .arg("-c")
-            .arg(self.dir.join(CONFIG))
-            .env("LC_ALL", "C");
+        command.arg("-c").arg(self.dir.join(CONFIG)).env("LC_ALL", "C");
         command
     }
 

@@ -46,14 +46,7 @@ pub(crate) static ARM64: Arch = Arch {
     rust: "aarch64",
     debian: "arm64",
     qemu: ["qemu-system-aarch64", "qemu-system-arm"],
-    machine: &[
-        "-M",
-        "virt,virtualization=on,gic-version=3",
-        "-cpu",
-        "max,pauth-impdef=on,sve=off",
-        "-smp",
-        "1",
-    ],
+    machine: &["-M", "virt,virtualization=on,gic-version=3", "-cpu", "max,pauth-impdef=on,sve=off", "-smp", "1"],
     console: "ttyAMA0",
     modules: &[],
 };
@@ -70,9 +63,7 @@ impl Arch {
     }
 
     /// The architectures that a list of arguments names; all without any, or with `all`.
-    pub(crate) fn named_or_all<'a>(
-        names: impl IntoIterator<Item = &'a str>,
-    ) -> Result<Vec<&'static Self>> {
+    pub(crate) fn named_or_all<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Vec<&'static Self>> {
         let names: Vec<&str> = names.into_iter().collect();
         if names.is_empty() || names == ["all"] {
             return Ok(ALL.to_vec());

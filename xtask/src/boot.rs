@@ -23,14 +23,8 @@ fn run(args: &[String]) -> Result<u8> {
     let (mut accel, mut cpus, mut limit) = ("soft".to_owned(), 1_u32, 300_u32);
     let mut args = args.iter();
     while let Some(flag) = args.next() {
-        let value = args
-            .next()
-            .ok_or_else(|| Usage::error(format!("{flag} needs a value")))?;
-        let number = || {
-            value
-                .parse()
-                .map_err(|_| Usage::error(format!("{flag} wants a number, not {value}")))
-        };
+        let value = args.next().ok_or_else(|| Usage::error(format!("{flag} needs a value")))?;
+        let number = || value.parse().map_err(|_| Usage::error(format!("{flag} wants a number, not {value}")));
         match flag.as_str() {
             "--accel" => accel = value.clone(),
             "--cpus" => cpus = number()?,
@@ -77,13 +71,6 @@ fn run(args: &[String]) -> Result<u8> {
 
 /// Builds the command as the nested boot does, so that both share the work.
 pub(crate) fn vm_accel(arch: &Arch) -> Result<PathBuf> {
-    let args = [
-        "build",
-        "--release",
-        "-p",
-        "vm-accel-cli",
-        "--bin",
-        "vm-accel",
-    ];
+    let args = ["build", "--release", "-p", "vm-accel-cli", "--bin", "vm-accel"];
     build_static(arch, &args, "vm-accel")
 }

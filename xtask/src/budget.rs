@@ -36,27 +36,14 @@ fn run(args: &[String]) -> Result<u8> {
     }
     let files = sources(&root().join("crates/vm-accel/src"))?;
     let total: usize = files.iter().map(|f| f.lines.len()).sum();
-    let code: usize = files
-        .iter()
-        .flat_map(|f| &f.lines)
-        .filter(|l| is_code(l))
-        .count();
+    let code: usize = files.iter().flat_map(|f| &f.lines).filter(|l| is_code(l)).count();
     let cfgs: usize = files.iter().flat_map(|f| &f.lines).map(|l| cfgs(l)).sum();
     let duplicates = duplicates(&files);
-    let longest = files
-        .iter()
-        .max_by_key(|f| f.lines.len())
-        .context("the library has sources")?;
+    let longest = files.iter().max_by_key(|f| f.lines.len()).context("the library has sources")?;
     let longest_length = longest.lines.len();
 
-    println!(
-        "{} files, {total} lines with documentation and comments",
-        files.len()
-    );
-    println!(
-        "longest file: {} ({longest_length} lines without tests)",
-        shown(&longest.path)
-    );
+    println!("{} files, {total} lines with documentation and comments", files.len());
+    println!("longest file: {} ({longest_length} lines without tests)", shown(&longest.path));
     for (place, lines) in &duplicates {
         println!("duplicated: {place}, {lines} lines");
     }
@@ -103,18 +90,13 @@ fn sources(dir: &Path) -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     let mut test_modules = HashSet::new();
     for path in paths {
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", shown(&path)))?;
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", shown(&path)))?;
         let (lines, modules) = without_tests(&text);
         test_modules.extend(modules.iter().map(|name| module_path(&path, name)));
         sources.push(Source { path, lines });
     }
     // A module that is compiled for tests only is `name.rs` or everything below `name/`.
-    sources.retain(|s| {
-        !s.path
-            .ancestors()
-            .any(|p| test_modules.contains(&p.with_extension("")))
-    });
+    sources.retain(|s| !s.path.ancestors().any(|p| test_modules.contains(&p.with_extension(""))));
     Ok(sources)
 }
 
@@ -141,17 +123,11 @@ fn without_tests(text: &str) -> (Vec<String>, Vec<String>) {
         let Some(item) = lines.by_ref().find(|l| !l.trim_start().starts_with("#[")) else {
             break;
         };
-        if let Some(name) = item
-            .trim()
-            .strip_prefix("mod ")
-            .and_then(|m| m.strip_suffix(';'))
-        {
+        if let Some(name) = item.trim().strip_prefix("mod ").and_then(|m| m.strip_suffix(';')) {
             modules.push(name.to_owned());
         }
         if !item.trim_end().ends_with([';', '}']) {
-            let _ = lines
-                .by_ref()
-                .find(|l| l.starts_with(indent) && l[indent.len()..].starts_with('}'));
+            let _ = lines.by_ref().find(|l| l.starts_with(indent) && l[indent.len()..].starts_with('}'));
         }
     }
     (kept, modules)
@@ -167,10 +143,7 @@ fn cfgs(line: &str) -> usize {
     if !is_code(line) {
         return 0;
     }
-    ["#[cfg(", "#![cfg(", "#[cfg_attr(", "#![cfg_attr(", "cfg!("]
-        .iter()
-        .map(|c| line.matches(c).count())
-        .sum()
+    ["#[cfg(", "#![cfg(", "#[cfg_attr(", "#![cfg_attr(", "cfg!("].iter().map(|c| line.matches(c).count()).sum()
 }
 
 /// Stretches of at least [`WINDOW`] lines of code that occurred before: where, and how many lines.
@@ -185,16 +158,11 @@ fn duplicates(files: &[Source]) -> Vec<(String, usize)> {
             .iter()
             .enumerate()
             .map(|(n, l)| (n + 1, l.trim()))
-            .filter(|(_, l)| {
-                is_code(l) && l.chars().any(char::is_alphanumeric) && !l.starts_with("use ")
-            })
+            .filter(|(_, l)| is_code(l) && l.chars().any(char::is_alphanumeric) && !l.starts_with("use "))
             .collect();
         let mut run: Option<(usize, usize)> = None;
         for start in 0..(lines.len() + 1).saturating_sub(WINDOW) {
-            let window: Vec<&str> = lines[start..start + WINDOW]
-                .iter()
-                .map(|(_, l)| *l)
-                .collect();
+            let window: Vec<&str> = lines[start..start + WINDOW].iter().map(|(_, l)| *l).collect();
             if seen.insert(window) {
                 run = None;
                 continue;
@@ -213,12 +181,7 @@ fn duplicates(files: &[Source]) -> Vec<(String, usize)> {
     }
     order
         .into_iter()
-        .map(|(index, line)| {
-            (
-                format!("{}:{line}", shown(&files[index].path)),
-                found[&(index, line)],
-            )
-        })
+        .map(|(index, line)| (format!("{}:{line}", shown(&files[index].path)), found[&(index, line)]))
         .collect()
 }
 
@@ -237,18 +200,9 @@ mod tests {
 
     #[test]
     fn a_test_module_lies_beside_or_below() {
-        assert_eq!(
-            module_path(Path::new("src/lib.rs"), "t"),
-            Path::new("src/t")
-        );
-        assert_eq!(
-            module_path(Path::new("src/a/mod.rs"), "t"),
-            Path::new("src/a/t")
-        );
-        assert_eq!(
-            module_path(Path::new("src/a.rs"), "t"),
-            Path::new("src/a/t")
-        );
+        assert_eq!(module_path(Path::new("src/lib.rs"), "t"), Path::new("src/t"));
+        assert_eq!(module_path(Path::new("src/a/mod.rs"), "t"), Path::new("src/a/t"));
+        assert_eq!(module_path(Path::new("src/a.rs"), "t"), Path::new("src/a/t"));
     }
 
     #[test]
@@ -260,20 +214,10 @@ mod tests {
 
     #[test]
     fn a_repeated_stretch_counts_once() {
-        let lines = |range: std::ops::Range<usize>| {
-            range
-                .map(|n| format!("let a{n} = {n};"))
-                .collect::<Vec<_>>()
-        };
+        let lines = |range: std::ops::Range<usize>| range.map(|n| format!("let a{n} = {n};")).collect::<Vec<_>>();
         let files = [
-            Source {
-                path: "a.rs".into(),
-                lines: lines(0..20),
-            },
-            Source {
-                path: "b.rs".into(),
-                lines: [lines(100..103), lines(4..16)].concat(),
-            },
+            Source { path: "a.rs".into(), lines: lines(0..20) },
+            Source { path: "b.rs".into(), lines: [lines(100..103), lines(4..16)].concat() },
         ];
         assert_eq!(duplicates(&files), [("b.rs:4".to_owned(), 12)]);
         assert!(duplicates(&files[..1]).is_empty());

@@ -23,20 +23,12 @@ pub(crate) fn build_static(arch: &Arch, args: &[&str], name: &str) -> Result<Pat
     let mut command = cargo();
     command
         .args(args)
-        .args([
-            "--target",
-            &arch.triple(),
-            "--message-format",
-            "json-render-diagnostics",
-        ])
+        .args(["--target", &arch.triple(), "--message-format", "json-render-diagnostics"])
         .env("RUSTFLAGS", flags.trim_start())
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     Toolchain::for_target(arch)?.apply(&mut command);
     println!("building {name} for {} (static)", arch.rust);
-    let output = command
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot start cargo")?;
+    let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     if !output.status.success() {
         bail!("cargo {} ended with {}", args.join(" "), output.status);
     }
@@ -49,9 +41,7 @@ fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| {
-            message["reason"] == "compiler-artifact" && message["target"]["name"] == name
-        })
+        .filter(|message| message["reason"] == "compiler-artifact" && message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
 }
 
@@ -68,10 +58,7 @@ mod tests {
 not json
 {"reason":"compiler-artifact","target":{"name":"vm-accel"},"executable":"/t/vm-accel"}
 {"reason":"build-finished","success":true}"#;
-        assert_eq!(
-            executable(messages, "vm-accel").as_deref(),
-            Some(Path::new("/t/vm-accel"))
-        );
+        assert_eq!(executable(messages, "vm-accel").as_deref(), Some(Path::new("/t/vm-accel")));
         assert_eq!(executable(messages, "absent"), None);
     }
 }

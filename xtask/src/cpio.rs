@@ -64,44 +64,18 @@ impl Archive {
         Ok(self.bytes)
     }
 
-    fn entry(
-        &mut self,
-        path: &str,
-        mode: u32,
-        links: u32,
-        device: (u32, u32),
-        data: &[u8],
-    ) -> Result<()> {
+    fn entry(&mut self, path: &str, mode: u32, links: u32, device: (u32, u32), data: &[u8]) -> Result<()> {
         if path.is_empty() || path.starts_with('/') || path.contains('\0') {
-            bail!(
-                "'{}' is no name for a file in an archive",
-                path.escape_default()
-            );
+            bail!("'{}' is no name for a file in an archive", path.escape_default());
         }
-        let size = u32::try_from(data.len())
-            .with_context(|| format!("{path}: an archive's file ends at 4 GiB"))?;
+        let size = u32::try_from(data.len()).with_context(|| format!("{path}: an archive's file ends at 4 GiB"))?;
         self.entries += 1;
         // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check.
         let name_size = u32::try_from(path.len() + 1)?;
-        let fields = [
-            self.entries,
-            mode,
-            0,
-            0,
-            links,
-            0,
-            size,
-            0,
-            0,
-            device.0,
-            device.1,
-            name_size,
-            0,
-        ];
+        let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -137,8 +111,7 @@ mod tests {
             assert_eq!(&bytes[at..at + 6], b"070701");
             let field = |n: usize| {
                 let start = at + 6 + n * 8;
-                u32::from_str_radix(std::str::from_utf8(&bytes[start..start + 8]).unwrap(), 16)
-                    .unwrap()
+                u32::from_str_radix(std::str::from_utf8(&bytes[start..start + 8]).unwrap(), 16).unwrap()
             };
             let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
             let name = &bytes[at + 110..at + 110 + name_size];
@@ -152,12 +125,7 @@ mod tests {
                 return entries;
             }
             let data = bytes[data..data + size].to_vec();
-            entries.push(Entry {
-                name,
-                mode,
-                device,
-                data,
-            });
+            entries.push(Entry { name, mode, device, data });
         }
     }
 
@@ -169,27 +137,10 @@ mod tests {
         archive.file("a/b/empty", 0o600, &[]).unwrap();
         let entries = parse(&archive.finish().unwrap());
         let names: Vec<&str> = entries.iter().map(|e| e.name.as_str()).collect();
-        assert_eq!(
-            names,
-            [
-                "dev",
-                "proc",
-                "sys",
-                "tmp",
-                "dev/console",
-                "init",
-                "a",
-                "a/b",
-                "a/b/odd",
-                "a/b/empty"
-            ]
-        );
+        assert_eq!(names, ["dev", "proc", "sys", "tmp", "dev/console", "init", "a", "a/b", "a/b/odd", "a/b/empty"]);
         assert_eq!(entries[0].mode, 0o040755);
         assert_eq!((entries[4].mode, entries[4].device), (0o020600, (5, 1)));
-        assert_eq!(
-            (entries[5].mode, entries[5].data.as_slice()),
-            (0o100755, b"#!/bin/sh\n".as_slice())
-        );
+        assert_eq!((entries[5].mode, entries[5].data.as_slice()), (0o100755, b"#!/bin/sh\n".as_slice()));
         assert_eq!(entries[8].data, [7; 5]);
         assert!(entries[9].data.is_empty());
     }
@@ -197,10 +148,7 @@ mod tests {
     #[test]
     fn impossible_names_are_refused() {
         for name in ["", "/init", "a\0b"] {
-            assert!(
-                Archive::default().file(name, 0o644, b"").is_err(),
-                "{name:?}"
-            );
+            assert!(Archive::default().file(name, 0o644, b"").is_err(), "{name:?}");
         }
     }
 }

@@ -73,21 +73,14 @@ const ARM64: &[Source] = &[
     BUSYBOX,
 ];
 
-const BUSYBOX: Source = Source {
-    package: "busybox-static",
-    stands_for: None,
-    any_arch: false,
-    take: &[("*bin/busybox", "busybox")],
-};
+const BUSYBOX: Source =
+    Source { package: "busybox-static", stands_for: None, any_arch: false, take: &[("*bin/busybox", "busybox")] };
 
 /// The list of what was fetched. Written last: without it, the folder is not complete.
 const RECORD: &str = "PACKAGES";
 
 fn run(args: &[String]) -> Result<u8> {
-    let (flags, names): (Vec<&str>, Vec<&str>) = args
-        .iter()
-        .map(String::as_str)
-        .partition(|a| a.starts_with('-'));
+    let (flags, names): (Vec<&str>, Vec<&str>) = args.iter().map(String::as_str).partition(|a| a.starts_with('-'));
     if let Some(flag) = flags.iter().find(|f| **f != "--update") {
         return Err(Usage::error(format!("no option '{flag}'")));
     }
@@ -97,11 +90,7 @@ fn run(args: &[String]) -> Result<u8> {
     for arch in Arch::named_or_all(names)? {
         if flags.is_empty() && is_complete(arch) {
             let packages = fs::read_to_string(arch.dir().join(RECORD))?;
-            println!(
-                "{}: up to date\n{}",
-                shown(&arch.dir()),
-                indented(&packages)
-            );
+            println!("{}: up to date\n{}", shown(&arch.dir()), indented(&packages));
         } else {
             fetch(arch)?;
         }
@@ -125,13 +114,8 @@ fn sources(arch: &Arch) -> &'static [Source] {
 }
 
 fn is_complete(arch: &Arch) -> bool {
-    let names = sources(arch)
-        .iter()
-        .flat_map(|s| s.take)
-        .map(|(_, name)| *name);
-    names
-        .chain([RECORD])
-        .all(|name| arch.dir().join(name).is_file())
+    let names = sources(arch).iter().flat_map(|s| s.take).map(|(_, name)| *name);
+    names.chain([RECORD]).all(|name| arch.dir().join(name).is_file())
 }
 
 fn fetch(arch: &Arch) -> Result<()> {
@@ -154,8 +138,7 @@ fn fetch(arch: &Arch) -> Result<()> {
         apt.unpack(&format!("{package}={version}"), &unpacked)?;
         let files = walk(&unpacked)?;
         for (pattern, to) in source.take {
-            let from = only_match(&files, &unpacked, pattern)
-                .with_context(|| format!("in package {package}"))?;
+            let from = only_match(&files, &unpacked, pattern).with_context(|| format!("in package {package}"))?;
             store(from, &dir.join(to))?;
         }
         fs::remove_dir_all(&unpacked)?;
@@ -167,10 +150,7 @@ fn fetch(arch: &Arch) -> Result<()> {
 }
 
 fn indented(text: &str) -> String {
-    text.lines()
-        .map(|l| format!("  {l}"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    text.lines().map(|l| format!("  {l}")).collect::<Vec<_>>().join("\n")
 }
 
 /// All regular files below `dir`. Links are not followed: a package could point anywhere.
@@ -191,13 +171,8 @@ fn walk(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn only_match<'a>(files: &'a [PathBuf], root: &Path, pattern: &str) -> Result<&'a Path> {
-    let matches: Vec<&PathBuf> = files
-        .iter()
-        .filter(|f| {
-            f.strip_prefix(root)
-                .is_ok_and(|f| glob(pattern, &f.to_string_lossy()))
-        })
-        .collect();
+    let matches: Vec<&PathBuf> =
+        files.iter().filter(|f| f.strip_prefix(root).is_ok_and(|f| glob(pattern, &f.to_string_lossy()))).collect();
     match matches[..] {
         [one] => Ok(one),
         [] => bail!("no file {pattern}"),
@@ -209,9 +184,9 @@ fn only_match<'a>(files: &'a [PathBuf], root: &Path, pattern: &str) -> Result<&'
 fn glob(pattern: &str, text: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == text,
-        Some((head, tail)) => text.strip_prefix(head).is_some_and(|rest| {
-            (0..=rest.len()).any(|i| rest.get(i..).is_some_and(|rest| glob(tail, rest)))
-        }),
+        Some((head, tail)) => text
+            .strip_prefix(head)
+            .is_some_and(|rest| (0..=rest.len()).any(|i| rest.get(i..).is_some_and(|rest| glob(tail, rest)))),
     }
 }
 
@@ -227,10 +202,7 @@ fn store(from: &Path, to: &Path) -> Result<()> {
     match unpacker {
         Some((program, package)) => {
             process::require(program, package)?;
-            fs::write(
-                &partial,
-                process::output(Process::new(program).arg("-dc").arg(from))?,
-            )?;
+            fs::write(&partial, process::output(Process::new(program).arg("-dc").arg(from))?)?;
         }
         None => {
             fs::copy(from, &partial)?;
@@ -248,10 +220,7 @@ mod tests {
     #[test]
     fn glob_matches_any_text_at_each_star() {
         assert!(glob("boot/vmlinuz-*", "boot/vmlinuz-6.1.0-56-cloud-amd64"));
-        assert!(glob(
-            "*/kvm.ko*",
-            "lib/modules/6.1/kernel/arch/x86/kvm/kvm.ko.xz"
-        ));
+        assert!(glob("*/kvm.ko*", "lib/modules/6.1/kernel/arch/x86/kvm/kvm.ko.xz"));
         assert!(glob("*bin/busybox", "bin/busybox"));
         assert!(glob("*bin/busybox", "usr/bin/busybox"));
         assert!(!glob("*/kvm.ko*", "lib/modules/kvm-amd.ko"));

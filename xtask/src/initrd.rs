@@ -50,17 +50,6 @@ pub(crate) fn build(arch: &Arch) -> Result<PathBuf> {
 
 /// Builds one of the init programs and answers its bytes.
 pub(crate) fn init_program(arch: &Arch, name: &str) -> Result<Vec<u8>> {
-    let path = build_static(
-        arch,
-        &[
-            "build",
-            "--release",
-            "-p",
-            "vm-accel-nestinit",
-            "--bin",
-            name,
-        ],
-        name,
-    )?;
+    let path = build_static(arch, &["build", "--release", "-p", "vm-accel-nestinit", "--bin", name], name)?;
     fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }

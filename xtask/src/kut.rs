@@ -35,28 +35,15 @@ struct Test {
 }
 
 const fn test(name: &'static str, file: &'static str, cpus: u32, arguments: &'static str) -> Test {
-    Test {
-        name,
-        file,
-        cpus,
-        arguments,
-        limit: 120,
-        environment: "",
-    }
+    Test { name, file, cpus, arguments, limit: 120, environment: "" }
 }
 
 const fn without_device(name: &'static str, file: &'static str, cpus: u32) -> Test {
-    Test {
-        environment: "TEST_DEVICE=0\n",
-        ..test(name, file, cpus, "")
-    }
+    Test { environment: "TEST_DEVICE=0\n", ..test(name, file, cpus, "") }
 }
 
 const fn long(name: &'static str, file: &'static str) -> Test {
-    Test {
-        limit: 900,
-        ..test(name, file, 1, "")
-    }
+    Test { limit: 900, ..test(name, file, 1, "") }
 }
 
 const TESTS: &[Test] = &[
@@ -111,10 +98,7 @@ fn run(args: &[String]) -> Result<u8> {
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--accel" => {
-                accel = args
-                    .next()
-                    .ok_or_else(|| Usage::error("--accel needs a value"))?
-                    .clone();
+                accel = args.next().ok_or_else(|| Usage::error("--accel needs a value"))?.clone();
             }
             flag if flag.starts_with('-') => {
                 return Err(Usage::error(format!("no option '{flag}'")));
@@ -156,13 +140,7 @@ enum Verdict {
     Failed,
 }
 
-fn one(
-    program: &Path,
-    folder: &Path,
-    environment: &Path,
-    accel: &str,
-    test: &Test,
-) -> Result<Verdict> {
+fn one(program: &Path, folder: &Path, environment: &Path, accel: &str, test: &Test) -> Result<Verdict> {
     let began = Instant::now();
     let mut command = Command::new(program);
     command
@@ -174,20 +152,13 @@ fn one(
         .args(["--cmdline", test.arguments])
         .stdin(Stdio::null());
     if !test.environment.is_empty() {
-        std::fs::write(environment, test.environment)
-            .context("cannot write the environment module")?;
+        std::fs::write(environment, test.environment).context("cannot write the environment module")?;
         command.arg("--initrd").arg(environment);
     }
     let output = command.output().context("cannot start vm-accel")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let failures: Vec<&str> = text
-        .lines()
-        .filter(|line| line.starts_with("FAIL"))
-        .collect();
-    let summary = text
-        .lines()
-        .rfind(|line| line.starts_with("SUMMARY"))
-        .unwrap_or("");
+    let failures: Vec<&str> = text.lines().filter(|line| line.starts_with("FAIL")).collect();
+    let summary = text.lines().rfind(|line| line.starts_with("SUMMARY")).unwrap_or("");
     let verdict = match output.status.code() {
         Some(0) if failures.is_empty() => Verdict::Passed,
         Some(SKIPPED) if failures.is_empty() => Verdict::Skipped,
@@ -198,11 +169,7 @@ fn one(
         Verdict::Skipped => "SKIP",
         Verdict::Failed => "FAIL",
     };
-    println!(
-        "{word} {:<26} {:6.1} s  {summary}",
-        test.name,
-        began.elapsed().as_secs_f64()
-    );
+    println!("{word} {:<26} {:6.1} s  {summary}", test.name, began.elapsed().as_secs_f64());
     if matches!(verdict, Verdict::Failed) {
         println!("     {}", output.status);
         for line in failures {

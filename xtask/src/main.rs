@@ -49,22 +49,14 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let Some(name) = args.first().filter(|a| !is_help(a)) else {
         println!("{}", overview());
-        return if args.is_empty() {
-            ExitCode::from(USAGE)
-        } else {
-            ExitCode::SUCCESS
-        };
+        return if args.is_empty() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
     };
     let Some(command) = COMMANDS.iter().find(|c| c.name == name) else {
         eprintln!("xtask: no command '{name}'\n\n{}", overview());
         return ExitCode::from(USAGE);
     };
     // What follows `--` belongs to whatever the command runs.
-    if args[1..]
-        .iter()
-        .take_while(|a| *a != "--")
-        .any(|a| is_help(a))
-    {
+    if args[1..].iter().take_while(|a| *a != "--").any(|a| is_help(a)) {
         println!("{}\n\n{}", command.summary, command.usage.trim_end());
         return ExitCode::SUCCESS;
     }
@@ -86,8 +78,7 @@ fn is_help(arg: &str) -> bool {
 }
 
 fn overview() -> String {
-    let mut text =
-        String::from("Usage: cargo xtask COMMAND [ARGUMENT…]\n\nCommands (each has --help):\n");
+    let mut text = String::from("Usage: cargo xtask COMMAND [ARGUMENT…]\n\nCommands (each has --help):\n");
     for command in COMMANDS {
         text += &format!("  {:<8} {}\n", command.name, command.summary);
     }

@@ -25,21 +25,11 @@ fn run(args: &[String]) -> Result<u8> {
     if !args.is_empty() {
         return Err(Usage::error("msrv takes no arguments"));
     }
-    let host = Arch::named(std::env::consts::ARCH)
-        .context("Debian's Rust is fetched for x86-64 and arm64 only")?;
+    let host = Arch::named(std::env::consts::ARCH).context("Debian's Rust is fetched for x86-64 and arm64 only")?;
     let mut command = cargo();
-    command.args([
-        "check",
-        "-p",
-        "vm-accel-softcpu",
-        "-p",
-        "vm-accel",
-        "--all-features",
-    ]);
+    command.args(["check", "-p", "vm-accel-softcpu", "-p", "vm-accel", "--all-features"]);
     // Lints of other versions are no reason to fail.
-    command
-        .env("RUSTFLAGS", "--cap-lints=warn")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command.env("RUSTFLAGS", "--cap-lints=warn").env_remove("CARGO_ENCODED_RUSTFLAGS");
     Toolchain::debian(VERSION, host)?.apply(&mut command);
     process::run(&mut command)?;
     println!("msrv: the library builds with Rust {VERSION}");

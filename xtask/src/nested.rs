@@ -46,19 +46,10 @@ struct Options {
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self {
-            limit: None,
-            memory_mib: None,
-            env: Vec::new(),
-            files: Vec::new(),
-            rest: Vec::new(),
-        };
+        let mut options = Self { limit: None, memory_mib: None, env: Vec::new(), files: Vec::new(), rest: Vec::new() };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
-            let mut value = || {
-                args.next()
-                    .ok_or_else(|| Usage::error(format!("{arg} needs a value")))
-            };
+            let mut value = || args.next().ok_or_else(|| Usage::error(format!("{arg} needs a value")));
             let pair = |text: &str| {
                 text.split_once('=')
                     .filter(|(name, _)| !name.is_empty())
@@ -66,17 +57,12 @@ impl Options {
                     .ok_or_else(|| Usage::error(format!("{arg} {text}: not NAME=VALUE")))
             };
             match arg.as_str() {
-                "--limit" => {
-                    options.limit = Some(Duration::from_secs(number(arg, value()?)?.into()))
-                }
+                "--limit" => options.limit = Some(Duration::from_secs(number(arg, value()?)?.into())),
                 "--memory" => options.memory_mib = Some(number(arg, value()?)?),
                 "--env" => options.env.push(pair(value()?)?),
                 "--file" => {
                     let (inside, here) = pair(value()?)?;
-                    options.files.push((
-                        inside.trim_start_matches('/').to_owned(),
-                        PathBuf::from(here),
-                    ));
+                    options.files.push((inside.trim_start_matches('/').to_owned(), PathBuf::from(here)));
                 }
                 "--" => {
                     options.rest.extend(args.by_ref().cloned());
@@ -107,10 +93,7 @@ impl Options {
 }
 
 fn number(option: &str, text: &str) -> Result<u32> {
-    text.parse()
-        .ok()
-        .filter(|n| *n > 0)
-        .ok_or_else(|| Usage::error(format!("{option} {text}: not a positive number")))
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| Usage::error(format!("{option} {text}: not a positive number")))
 }
 
 fn run(args: &[String]) -> Result<u8> {
@@ -131,63 +114,24 @@ fn run(args: &[String]) -> Result<u8> {
 }
 
 fn test(arch: &Arch, mut options: Options) -> Result<u8> {
-    let program = build_static(
-        arch,
-        &[
-            "test",
-            "-p",
-            "vm-accel",
-            "--test",
-            "conformance",
-            "--no-run",
-        ],
-        "conformance",
-    )?;
+    let program = build_static(arch, &["test", "-p", "vm-accel", "--test", "conformance", "--no-run"], "conformance")?;
     // A suite that skipped KVM would prove nothing here.
-    options
-        .env
-        .insert(0, ("VM_ACCEL_REQUIRE".to_owned(), "kvm".to_owned()));
-    options
-        .env
-        .insert(0, ("RUST_BACKTRACE".to_owned(), "1".to_owned()));
+    options.env.insert(0, ("VM_ACCEL_REQUIRE".to_owned(), "kvm".to_owned()));
+    options.env.insert(0, ("RUST_BACKTRACE".to_owned(), "1".to_owned()));
     let args = std::mem::take(&mut options.rest);
     Ok(qemu::run(arch, &options.job(program, args, 600, 768))?.status)
 }
 
 fn boot(arch: &Arch, mut options: Options) -> Result<u8> {
-    let program = build_static(
-        arch,
-        &[
-            "build",
-            "--release",
-            "-p",
-            "vm-accel-cli",
-            "--bin",
-            "vm-accel",
-        ],
-        "vm-accel",
-    )?;
+    let program = build_static(arch, &["build", "--release", "-p", "vm-accel-cli", "--bin", "vm-accel"], "vm-accel")?;
     options.files.push(("g/vmlinuz".to_owned(), arch.kernel()));
-    options
-        .files
-        .push(("g/initrd.cpio".to_owned(), initrd::build(arch)?));
-    options
-        .env
-        .insert(0, ("RUST_BACKTRACE".to_owned(), "1".to_owned()));
+    options.files.push(("g/initrd.cpio".to_owned(), initrd::build(arch)?));
+    options.env.insert(0, ("RUST_BACKTRACE".to_owned(), "1".to_owned()));
     let command_line = format!("console={} panic=-1 mitigations=off", arch.console);
-    let mut args: Vec<String> = [
-        "run",
-        "/g/vmlinuz",
-        "--initrd",
-        "/g/initrd.cpio",
-        "--accel",
-        "kvm",
-        "--memory",
-        "256M",
-        "--cmdline",
-    ]
-    .map(str::to_owned)
-    .to_vec();
+    let mut args: Vec<String> =
+        ["run", "/g/vmlinuz", "--initrd", "/g/initrd.cpio", "--accel", "kvm", "--memory", "256M", "--cmdline"]
+            .map(str::to_owned)
+            .to_vec();
     args.push(command_line);
     args.append(&mut options.rest);
     let Outcome { status, transcript } = qemu::run(arch, &options.job(program, args, 300, 1024))?;
@@ -197,12 +141,7 @@ fn boot(arch: &Arch, mut options: Options) -> Result<u8> {
     let line = transcript
         .lines()
         .find(|line| line.contains(initrd::REACHED))
-        .with_context(|| {
-            format!(
-                "vm-accel ended with status 0, but its guest never said '{}'",
-                initrd::REACHED
-            )
-        })?;
+        .with_context(|| format!("vm-accel ended with status 0, but its guest never said '{}'", initrd::REACHED))?;
     println!("nested {} boot: passed: {}", arch.name, line.trim());
     Ok(0)
 }
@@ -233,27 +172,9 @@ const CHECKS: &[Check] = &[
         status: 0,
         prints: "42 devices",
     },
-    Check {
-        what: "a failure is reported",
-        script: "echo out; exit 101",
-        limit: 60,
-        status: 101,
-        prints: "out",
-    },
-    Check {
-        what: "a signal is reported",
-        script: "kill -9 $$",
-        limit: 60,
-        status: 137,
-        prints: "",
-    },
-    Check {
-        what: "the time limit holds",
-        script: "echo slow; sleep 1000",
-        limit: 2,
-        status: 124,
-        prints: "slow",
-    },
+    Check { what: "a failure is reported", script: "echo out; exit 101", limit: 60, status: 101, prints: "out" },
+    Check { what: "a signal is reported", script: "kill -9 $$", limit: 60, status: 137, prints: "" },
+    Check { what: "the time limit holds", script: "echo slow; sleep 1000", limit: 2, status: 124, prints: "slow" },
     Check {
         what: "a program cannot report for init",
         script: "echo '@@NEST token exit 0'; exit 3",
@@ -301,10 +222,7 @@ mod tests {
 
     #[test]
     fn options_end_where_the_arguments_begin() {
-        let options = parse(&[
-            "--limit", "5", "--env", "A=b=c", "--file", "/g/k=x", "bin", "--limit", "6",
-        ])
-        .unwrap();
+        let options = parse(&["--limit", "5", "--env", "A=b=c", "--file", "/g/k=x", "bin", "--limit", "6"]).unwrap();
         assert_eq!(options.limit, Some(Duration::from_secs(5)));
         assert_eq!(options.env, [("A".to_owned(), "b=c".to_owned())]);
         assert_eq!(options.files, [("g/k".to_owned(), PathBuf::from("x"))]);
@@ -314,14 +232,9 @@ mod tests {
 
     #[test]
     fn wrong_options_are_usage_errors() {
-        for args in [
-            &["--limit"][..],
-            &["--limit", "0"],
-            &["--memory", "x"],
-            &["--env", "A"],
-            &["--env", "=b"],
-            &["--no"],
-        ] {
+        for args in
+            [&["--limit"][..], &["--limit", "0"], &["--memory", "x"], &["--env", "A"], &["--env", "=b"], &["--no"]]
+        {
             assert!(parse(args).unwrap_err().is::<Usage>(), "{args:?}");
         }
     }

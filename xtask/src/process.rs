@@ -8,10 +8,7 @@ use std::process::{Command, Stdio};
 /// Runs `command` to its end with its output passed through.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     eprintln!("  $ {}", line(command));
-    let status = command
-        .stdin(Stdio::null())
-        .status()
-        .with_context(|| format!("cannot start {}", line(command)))?;
+    let status = command.stdin(Stdio::null()).status().with_context(|| format!("cannot start {}", line(command)))?;
     if !status.success() {
         bail!("{} ended with {status}", line(command));
     }
@@ -33,8 +30,7 @@ pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>> {
 
 /// As [`output`], for programs that write text.
 pub(crate) fn text(command: &mut Command) -> Result<String> {
-    String::from_utf8(output(command)?)
-        .with_context(|| format!("{} wrote something that is not UTF-8", line(command)))
+    String::from_utf8(output(command)?).with_context(|| format!("{} wrote something that is not UTF-8", line(command)))
 }
 
 /// Finds `program` in `PATH`, or says which Debian package carries it.
@@ -44,9 +40,7 @@ pub(crate) fn require(program: &str, package: &str) -> Result<PathBuf> {
         .flat_map(std::env::split_paths)
         .map(|dir| dir.join(program))
         .find(|path| path.is_file())
-        .with_context(|| {
-            format!("{program} is not installed (on Debian and Ubuntu: apt-get install {package})")
-        })
+        .with_context(|| format!("{program} is not installed (on Debian and Ubuntu: apt-get install {package})"))
 }
 
 /// The command line without its environment and with short paths: easy to read, close enough to repeat.

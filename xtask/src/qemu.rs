@@ -58,8 +58,7 @@ pub(crate) fn run(arch: &Arch, job: &Job) -> Result<Outcome> {
     let dir = workspace::cache().join("tmp");
     fs::create_dir_all(&dir)?;
     let initrd = dir.join(format!("{token}.cpio"));
-    fs::write(&initrd, archive(arch, job, &token)?)
-        .with_context(|| format!("cannot write {}", initrd.display()))?;
+    fs::write(&initrd, archive(arch, job, &token)?).with_context(|| format!("cannot write {}", initrd.display()))?;
     let result = emulate(arch, &qemu, &initrd, job, &token);
     // Left behind it would only take space.
     let _ = fs::remove_file(&initrd);
@@ -70,32 +69,17 @@ pub(crate) fn run(arch: &Arch, job: &Job) -> Result<Outcome> {
 fn archive(arch: &Arch, job: &Job, token: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::with_base()?;
     archive.file("init", 0o755, &initrd::init_program(arch, "nestinit")?)?;
-    let name = job
-        .program
-        .file_name()
-        .and_then(|n| n.to_str())
-        .context("the program's file name is not UTF-8")?;
+    let name = job.program.file_name().and_then(|n| n.to_str()).context("the program's file name is not UTF-8")?;
     let program = format!("nest/bin/{name}");
-    let mut lines = vec![
-        format!("token {token}"),
-        format!("limit {}", job.limit.as_secs()),
-        format!("program /{program}"),
-    ];
+    let mut lines =
+        vec![format!("token {token}"), format!("limit {}", job.limit.as_secs()), format!("program /{program}")];
     for module in arch.modules {
         let path = format!("nest/modules/{module}");
-        archive.file(
-            &path,
-            0o644,
-            &read(&arch.dir().join("modules").join(module))?,
-        )?;
+        archive.file(&path, 0o644, &read(&arch.dir().join("modules").join(module))?)?;
         lines.push(format!("module /{path}"));
     }
     lines.extend(job.args.iter().map(|arg| format!("arg {arg}")));
-    lines.extend(
-        job.env
-            .iter()
-            .map(|(key, value)| format!("env {key}={value}")),
-    );
+    lines.extend(job.env.iter().map(|(key, value)| format!("env {key}={value}")));
     if lines.iter().any(|line| line.contains('\n')) {
         bail!("arguments and variables of a nested program cannot contain line breaks");
     }
@@ -115,15 +99,7 @@ fn emulate(arch: &Arch, qemu: &Path, initrd: &Path, job: &Job, token: &str) -> R
     let mut command = Command::new(qemu);
     command
         // No default devices and no user configuration: no network, no boot ROMs, no surprises.
-        .args([
-            "-accel",
-            "tcg",
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
+        .args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(arch.machine)
         .args(["-m", &job.memory_mib.to_string(), "-serial", "stdio"])
         .arg("-kernel")
@@ -131,19 +107,11 @@ fn emulate(arch: &Arch, qemu: &Path, initrd: &Path, job: &Job, token: &str) -> R
         .arg("-initrd")
         .arg(initrd)
         // panic=-1 resets at once, and QEMU leaves instead of resetting.
-        .args([
-            "-append",
-            &format!(
-                "console={} quiet loglevel=3 panic=-1 mitigations=off",
-                arch.console
-            ),
-        ])
+        .args(["-append", &format!("console={} quiet loglevel=3 panic=-1 mitigations=off", arch.console)])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let began = Instant::now();
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot start {}", qemu.display()))?;
+    let mut child = command.spawn().with_context(|| format!("cannot start {}", qemu.display()))?;
     let serial = child.stdout.take().context("QEMU's output is a pipe")?;
     let watched = watch(serial, token, began + job.limit + GRACE);
     let stopped = stop(&mut child, watched.status.is_some());
@@ -154,20 +122,10 @@ fn emulate(arch: &Arch, qemu: &Path, initrd: &Path, job: &Job, token: &str) -> R
         watched.program.as_secs_f32()
     );
     match (watched.status, watched.late) {
-        (Some(status), _) => Ok(Outcome {
-            status,
-            transcript: watched.transcript,
-        }),
+        (Some(status), _) => Ok(Outcome { status, transcript: watched.transcript }),
         (None, true) => {
-            eprintln!(
-                "nested {}: no end after {} s",
-                arch.name,
-                (job.limit + GRACE).as_secs()
-            );
-            Ok(Outcome {
-                status: TIMED_OUT,
-                transcript: watched.transcript,
-            })
+            eprintln!("nested {}: no end after {} s", arch.name, (job.limit + GRACE).as_secs());
+            Ok(Outcome { status: TIMED_OUT, transcript: watched.transcript })
         }
         (None, false) => {
             bail!("the emulated machine stopped before the program did (QEMU: {stopped})")
@@ -193,10 +151,7 @@ fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant) -> 
         let mut serial = BufReader::new(serial);
         let mut line = Vec::new();
         // A line without an end comes in pieces, so that it cannot grow without bound.
-        while matches!(
-            (&mut serial).take(64 << 10).read_until(b'\n', &mut line),
-            Ok(1..)
-        ) {
+        while matches!((&mut serial).take(64 << 10).read_until(b'\n', &mut line), Ok(1..)) {
             if sender.send(std::mem::take(&mut line)).is_err() {
                 return;
             }
@@ -213,14 +168,8 @@ fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant) -> 
         };
         // The kernel's console ends lines with CR LF, and a guest's console doubles the CR.
         let text = String::from_utf8_lossy(&line).replace('\r', "");
-        match text
-            .trim_end()
-            .strip_prefix(&mark)
-            .and_then(|rest| rest.split_once(' '))
-        {
-            Some(("ran", millis)) => {
-                watched.program = Duration::from_millis(millis.parse().unwrap_or(0))
-            }
+        match text.trim_end().strip_prefix(&mark).and_then(|rest| rest.split_once(' ')) {
+            Some(("ran", millis)) => watched.program = Duration::from_millis(millis.parse().unwrap_or(0)),
             Some(("exit", status)) => {
                 watched.status = status.parse::<u8>().ok();
                 return watched;
@@ -238,12 +187,7 @@ fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant) -> 
 
 /// Waits a moment for a machine that said it ends, and kills it otherwise.
 fn stop(child: &mut Child, ending: bool) -> String {
-    let deadline = Instant::now()
-        + if ending {
-            Duration::from_secs(5)
-        } else {
-            Duration::ZERO
-        };
+    let deadline = Instant::now() + if ending { Duration::from_secs(5) } else { Duration::ZERO };
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return status.to_string(),
@@ -260,9 +204,7 @@ fn stop(child: &mut Child, ending: bool) -> String {
 
 /// Something that no program inside prints by accident, and that two runs at a time do not share.
 fn token() -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{:x}-{:x}", std::process::id(), now.as_nanos())
 }
 
@@ -272,18 +214,12 @@ mod tests {
     use std::io::Cursor;
 
     fn watched(text: &str) -> Watched {
-        watch(
-            Cursor::new(text.to_owned().into_bytes()),
-            "t",
-            Instant::now() + Duration::from_secs(600),
-        )
+        watch(Cursor::new(text.to_owned().into_bytes()), "t", Instant::now() + Duration::from_secs(600))
     }
 
     #[test]
     fn the_marked_line_is_the_status() {
-        let seen = watched(
-            "hello\r\r\n@@NEST x exit 0\r\n\r\n@@NEST t ran 1500\r\n@@NEST t exit 101\r\nrest\n",
-        );
+        let seen = watched("hello\r\r\n@@NEST x exit 0\r\n\r\n@@NEST t ran 1500\r\n@@NEST t exit 101\r\nrest\n");
         assert_eq!(seen.status, Some(101));
         assert_eq!(seen.program, Duration::from_millis(1500));
         assert_eq!(seen.transcript, "hello\n@@NEST x exit 0\n\n");

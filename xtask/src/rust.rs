@@ -27,24 +27,11 @@ impl Toolchain {
     /// One that compiles static binaries for `arch`: the compiler at hand if it has the target's standard library,
     /// else Debian's.
     pub(crate) fn for_target(arch: &Arch) -> Result<Self> {
-        let mut toolchain = if has_std(arch)? {
-            Self::default()
-        } else {
-            Self::debian("", arch)?
-        };
+        let mut toolchain = if has_std(arch)? { Self::default() } else { Self::debian("", arch)? };
         if arch.rust != std::env::consts::ARCH {
             let linker = format!("{}-linux-gnu-gcc", arch.rust);
-            process::require(
-                &linker,
-                &format!(
-                    "gcc-{}-linux-gnu libc6-dev-{}-cross",
-                    arch.rust, arch.debian
-                ),
-            )?;
-            let variable = format!(
-                "CARGO_TARGET_{}_LINKER",
-                arch.triple().to_uppercase().replace('-', "_")
-            );
+            process::require(&linker, &format!("gcc-{}-linux-gnu libc6-dev-{}-cross", arch.rust, arch.debian))?;
+            let variable = format!("CARGO_TARGET_{}_LINKER", arch.triple().to_uppercase().replace('-', "_"));
             toolchain.linker = Some((variable, linker));
         }
         Ok(toolchain)
@@ -52,16 +39,9 @@ impl Toolchain {
 
     /// Debian's newest Rust whose version begins with `version`, with the standard library for `arch`.
     pub(crate) fn debian(version: &str, arch: &Arch) -> Result<Self> {
-        let host = Arch::named(std::env::consts::ARCH)
-            .context("Debian's Rust is fetched for x86-64 and arm64 only")?;
-        let name = if version.is_empty() {
-            "newest"
-        } else {
-            version
-        };
-        let dir = workspace::cache()
-            .join("rust")
-            .join(format!("{name}-{}", arch.rust));
+        let host = Arch::named(std::env::consts::ARCH).context("Debian's Rust is fetched for x86-64 and arm64 only")?;
+        let name = if version.is_empty() { "newest" } else { version };
+        let dir = workspace::cache().join("rust").join(format!("{name}-{}", arch.rust));
         let rustc = dir.join("rustc");
         // The wrapper is written last: where it is, the rest is complete.
         if !rustc.is_file() {
@@ -83,16 +63,9 @@ impl Toolchain {
             let llvm = apt.dependency(&format!("{shared}:{}={full}", host.debian), "libllvm")?;
             apt.unpack(&format!("{llvm}:{}", host.debian), &dir)?;
             write_wrapper(&rustc, &dir, host)?;
-            println!(
-                "  {}",
-                process::text(Command::new(&rustc).arg("-V"))?.trim()
-            );
+            println!("  {}", process::text(Command::new(&rustc).arg("-V"))?.trim());
         }
-        Ok(Self {
-            rustc: Some(rustc),
-            target_dir: Some(target_dir().join(format!("debian-{name}"))),
-            linker: None,
-        })
+        Ok(Self { rustc: Some(rustc), target_dir: Some(target_dir().join(format!("debian-{name}"))), linker: None })
     }
 
     /// Makes `command`, a cargo, use this toolchain.
@@ -129,21 +102,12 @@ fn write_wrapper(path: &Path, dir: &Path, host: &Arch) -> Result<()> {
 /// Whether the compiler at hand has the standard library of `arch`.
 fn has_std(arch: &Arch) -> Result<bool> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let dir = process::text(Command::new(rustc).args([
-        "--print",
-        "target-libdir",
-        "--target",
-        &arch.triple(),
-    ]))?;
-    let found = fs::read_dir(dir.trim()).is_ok_and(|entries| {
-        entries
-            .flatten()
-            .any(|e| e.file_name().to_string_lossy().starts_with("libstd-"))
-    });
+    let dir = process::text(Command::new(rustc).args(["--print", "target-libdir", "--target", &arch.triple()]))?;
+    let found = fs::read_dir(dir.trim())
+        .is_ok_and(|entries| entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("libstd-")));
     Ok(found)
 }
 
 fn target_dir() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace::root().join("target"), PathBuf::from)
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace::root().join("target"), PathBuf::from)
 }

@@ -97,10 +97,7 @@ fn check(holds: bool, what: &str) {
 /// `value` as a signed number of `bits` bits.
 fn signed(value: i64, bits: u32) -> u32 {
     let limit = 1 << (bits - 1);
-    check(
-        (-limit..limit).contains(&value),
-        "a number does not fit its field",
-    );
+    check((-limit..limit).contains(&value), "a number does not fit its field");
     (value as u32) & ((1 << bits) - 1)
 }
 
@@ -113,13 +110,7 @@ impl Assembler {
     /// An empty program that is to run at `base`.
     #[must_use]
     pub fn new(base: u64) -> Self {
-        Self {
-            base,
-            words: Vec::new(),
-            bound: HashMap::new(),
-            uses: Vec::new(),
-            labels: 0,
-        }
+        Self { base, words: Vec::new(), bound: HashMap::new(), uses: Vec::new(), labels: 0 }
     }
 
     /// The program's bytes.
@@ -141,10 +132,7 @@ impl Assembler {
                 }
             };
         }
-        self.words
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect()
+        self.words.iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
     /// The address of the next instruction.
@@ -161,10 +149,7 @@ impl Assembler {
 
     /// Binds a label to the next instruction.
     pub fn bind(&mut self, label: Label) {
-        check(
-            self.bound.insert(label, self.words.len()).is_none(),
-            "a label is bound twice",
-        );
+        check(self.bound.insert(label, self.words.len()).is_none(), "a label is bound twice");
     }
 
     /// A label at the next instruction.
@@ -371,10 +356,7 @@ impl Assembler {
             Index::Offset(imm) => (2, imm),
             Index::Pre(imm) => (3, imm),
         };
-        check(
-            imm & ((1 << scale) - 1) == 0,
-            "a pair's offset is a multiple of its size",
-        );
+        check(imm & ((1 << scale) - 1) == 0, "a pair's offset is a multiple of its size");
         let word = 0x2800_0000 | head | kind << 23 | u32::from(is_load) << 22;
         let place = signed(imm >> scale, 7) << 15 | reg(t[1]) << 10 | reg(n) << 5 | reg(t[0]);
         self.word(word | place);
@@ -483,11 +465,8 @@ pub fn identity_tables() -> Vec<u8> {
     const INNER: u64 = 3 << 8;
     const NEVER_EXECUTE: u64 = 3 << 53;
     const NORMAL: u64 = 1 << 2; // MAIR entry 1
-    let table = [
-        BLOCK | EL0 | NEVER_EXECUTE,
-        layout::RAM | BLOCK | INNER | NORMAL,
-        layout::RAM | BLOCK | INNER | NORMAL | EL0,
-    ];
+    let table =
+        [BLOCK | EL0 | NEVER_EXECUTE, layout::RAM | BLOCK | INNER | NORMAL, layout::RAM | BLOCK | INNER | NORMAL | EL0];
     table.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }
 
@@ -540,10 +519,7 @@ mod tests {
             0xfc1f_8061,
             0x3c81_0461,
         ];
-        let words: Vec<u8> = expected
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect();
+        let words: Vec<u8> = expected.iter().flat_map(|word| word.to_le_bytes()).collect();
         assert_eq!(a.finish(), words);
     }
 
@@ -558,10 +534,7 @@ mod tests {
         a.b_if(Cond::Ne, back);
         assert_eq!(a.here(), 0x1010);
         let expected = [0xb400_0063u32, 0x17ff_ffff, 0x10ff_ffc0, 0x54ff_ffa1];
-        let words: Vec<u8> = expected
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect();
+        let words: Vec<u8> = expected.iter().flat_map(|word| word.to_le_bytes()).collect();
         assert_eq!(a.finish(), words);
     }
 
@@ -572,10 +545,7 @@ mod tests {
             a.mov(1, value);
             a.finish().len() / 4
         };
-        assert_eq!(
-            [count(0), count(1), count(1 << 40), count(u64::MAX)],
-            [1, 1, 1, 4]
-        );
+        assert_eq!([count(0), count(1), count(1 << 40), count(u64::MAX)], [1, 1, 1, 4]);
     }
 
     #[test]

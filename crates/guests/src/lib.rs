@@ -54,11 +54,7 @@ impl Bits {
 /// If the program does not assemble: it is written in this repository, so that is a bug of its author and no input of
 /// anybody's.
 #[must_use]
-pub fn assemble(
-    bits: Bits,
-    base: u64,
-    write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
-) -> Vec<u8> {
+pub fn assemble(bits: Bits, base: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
     let mut assembler = CodeAssembler::new(bits.number()).expect("16, 32 and 64 are all there is");
     write(&mut assembler)
         .and_then(|()| assembler.assemble(base))

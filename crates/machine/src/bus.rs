@@ -81,9 +81,7 @@ pub enum BusError {
         len: u64,
     },
     /// Another device is there already.
-    #[error(
-        "device {device}: {len:#x} bytes at {start:#x} overlap device {other} at {other_start:#x}"
-    )]
+    #[error("device {device}: {len:#x} bytes at {start:#x} overlap device {other} at {other_start:#x}")]
     Overlap {
         /// The device that was to be registered.
         device: &'static str,
@@ -136,19 +134,13 @@ impl Bus {
     /// An empty space of 64 Ki ports.
     #[must_use]
     pub fn ports() -> Self {
-        Self {
-            entries: Vec::new(),
-            last_address: 0xffff,
-        }
+        Self { entries: Vec::new(), last_address: 0xffff }
     }
 
     /// An empty space of 64-bit physical addresses.
     #[must_use]
     pub fn mmio() -> Self {
-        Self {
-            entries: Vec::new(),
-            last_address: u64::MAX,
-        }
+        Self { entries: Vec::new(), last_address: u64::MAX }
     }
 
     /// Lets `device` answer for the `len` bytes from `start`, with offsets from 0.
@@ -165,61 +157,29 @@ impl Bus {
     ///
     /// # Errors
     /// As [`register`](Self::register); offsets must not leave 64 bits either.
-    pub fn register_window(
-        &mut self,
-        start: u64,
-        len: u64,
-        base: u64,
-        device: SharedDevice,
-    ) -> Result<(), BusError> {
+    pub fn register_window(&mut self, start: u64, len: u64, base: u64, device: SharedDevice) -> Result<(), BusError> {
         let (name, width) = {
             let guard = lock(&device);
             (guard.name(), guard.max_access())
         };
         if !matches!(width, 1 | 2 | 4 | MAX_ACCESS) {
-            return Err(BusError::Width {
-                device: name,
-                width,
-            });
+            return Err(BusError::Width { device: name, width });
         }
         let Some(extra) = len.checked_sub(1) else {
-            return Err(BusError::Empty {
-                device: name,
-                start,
-            });
+            return Err(BusError::Empty { device: name, start });
         };
         let last = match start.checked_add(extra) {
             Some(last) if last <= self.last_address && base.checked_add(extra).is_some() => last,
             _ => {
-                return Err(BusError::OutOfSpace {
-                    device: name,
-                    start,
-                    len,
-                });
+                return Err(BusError::OutOfSpace { device: name, start, len });
             }
         };
         // Ranges are disjoint, so the first one that ends at or after our start is the only one to ask.
         let at = self.entries.partition_point(|e| e.last < start);
         if let Some(other) = self.entries.get(at).filter(|e| e.start <= last) {
-            return Err(BusError::Overlap {
-                device: name,
-                start,
-                len,
-                other: other.name,
-                other_start: other.start,
-            });
+            return Err(BusError::Overlap { device: name, start, len, other: other.name, other_start: other.start });
         }
-        self.entries.insert(
-            at,
-            Entry {
-                start,
-                base,
-                last,
-                max_access: width,
-                name,
-                device,
-            },
-        );
+        self.entries.insert(at, Entry { start, base, last, max_access: width, name, device });
         Ok(())
     }
 
@@ -248,9 +208,7 @@ impl Bus {
             return None;
         }
         let at = addr.checked_add(done as u64)?;
-        let entry = self
-            .entries
-            .get(self.entries.partition_point(|e| e.last < at))?;
+        let entry = self.entries.get(self.entries.partition_point(|e| e.last < at))?;
         let from = if entry.start > at {
             let gap = usize::try_from(entry.start - at).ok()?;
             done.checked_add(gap).filter(|&from| from < len)?
@@ -263,12 +221,7 @@ impl Bus {
         while offset % size as u64 != 0 || size > len - from || size as u64 - 1 > room {
             size /= 2; // ends at 1, which always fits
         }
-        Some(Piece {
-            from,
-            to: from + size,
-            offset: entry.base + offset,
-            entry,
-        })
+        Some(Piece { from, to: from + size, offset: entry.base + offset, entry })
     }
 
     /// The registered ranges in ascending order: first address, last address, device name.
@@ -280,10 +233,7 @@ impl Bus {
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map()
-            .entries(
-                self.ranges()
-                    .map(|(start, last, name)| (format!("{start:#x}..={last:#x}"), name)),
-            )
+            .entries(self.ranges().map(|(start, last, name)| (format!("{start:#x}..={last:#x}"), name)))
             .finish()
     }
 }
@@ -317,10 +267,7 @@ mod tests {
     }
 
     fn probe(width: usize) -> Arc<Mutex<Probe>> {
-        Arc::new(Mutex::new(Probe {
-            width,
-            log: Vec::new(),
-        }))
+        Arc::new(Mutex::new(Probe { width, log: Vec::new() }))
     }
 
     fn log(probe: &Mutex<Probe>) -> Vec<(char, u64, Vec<u8>)> {
@@ -343,48 +290,19 @@ mod tests {
     fn registration_refuses_what_does_not_fit() {
         let mut bus = Bus::ports();
         bus.register(0x100, 0x10, probe(1)).unwrap();
-        for (start, len) in [
-            (0x100, 0x10),
-            (0xf8, 9),
-            (0x10f, 1),
-            (0x0, 0x1_0000),
-            (0x104, 2),
-        ] {
-            assert!(matches!(
-                bus.register(start, len, probe(1)),
-                Err(BusError::Overlap {
-                    other_start: 0x100,
-                    ..
-                })
-            ));
+        for (start, len) in [(0x100, 0x10), (0xf8, 9), (0x10f, 1), (0x0, 0x1_0000), (0x104, 2)] {
+            assert!(matches!(bus.register(start, len, probe(1)), Err(BusError::Overlap { other_start: 0x100, .. })));
         }
-        assert!(matches!(
-            bus.register(0x20, 0, probe(1)),
-            Err(BusError::Empty { .. })
-        ));
-        assert!(matches!(
-            bus.register(0xffff, 2, probe(1)),
-            Err(BusError::OutOfSpace { .. })
-        ));
-        assert!(matches!(
-            bus.register(u64::MAX, 2, probe(1)),
-            Err(BusError::OutOfSpace { .. })
-        ));
-        assert!(matches!(
-            bus.register(0x20, 1, probe(3)),
-            Err(BusError::Width { width: 3, .. })
-        ));
+        assert!(matches!(bus.register(0x20, 0, probe(1)), Err(BusError::Empty { .. })));
+        assert!(matches!(bus.register(0xffff, 2, probe(1)), Err(BusError::OutOfSpace { .. })));
+        assert!(matches!(bus.register(u64::MAX, 2, probe(1)), Err(BusError::OutOfSpace { .. })));
+        assert!(matches!(bus.register(0x20, 1, probe(3)), Err(BusError::Width { width: 3, .. })));
         bus.register(0xf0, 0x10, probe(1)).unwrap();
         bus.register(0x110, 1, probe(1)).unwrap();
         bus.register(0xffff, 1, probe(1)).unwrap();
         assert_eq!(
             bus.ranges().map(|(a, b, _)| (a, b)).collect::<Vec<_>>(),
-            [
-                (0xf0, 0xff),
-                (0x100, 0x10f),
-                (0x110, 0x110),
-                (0xffff, 0xffff)
-            ]
+            [(0xf0, 0xff), (0x100, 0x10f), (0x110, 0x110), (0xffff, 0xffff)]
         );
     }
 
@@ -394,12 +312,7 @@ mod tests {
         let dev = probe(1);
         bus.register(0x3f8, 8, dev.clone()).unwrap();
         bus.write(0x3f8, &[1, 2, 3, 4]);
-        assert_eq!(
-            log(&dev),
-            (0..4)
-                .map(|i| ('w', i, vec![i as u8 + 1]))
-                .collect::<Vec<_>>()
-        );
+        assert_eq!(log(&dev), (0..4).map(|i| ('w', i, vec![i as u8 + 1])).collect::<Vec<_>>());
         let mut data = [0; 2];
         bus.read(0x3fa, &mut data);
         assert_eq!(data, [2, 3]);
@@ -415,10 +328,7 @@ mod tests {
         bus.read(0x1002, &mut data);
         assert_eq!(data, [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(
-            log(&dev)
-                .iter()
-                .map(|(_, at, d)| (*at, d.len()))
-                .collect::<Vec<_>>(),
+            log(&dev).iter().map(|(_, at, d)| (*at, d.len())).collect::<Vec<_>>(),
             [(1, 1), (2, 2), (4, 4), (8, 1)]
         );
     }
@@ -443,10 +353,7 @@ mod tests {
         let dev = probe(1);
         bus.register_window(0x60, 1, 0, dev.clone()).unwrap();
         bus.register_window(0x64, 1, 1, dev.clone()).unwrap();
-        assert!(matches!(
-            bus.register_window(0x70, 2, u64::MAX, dev.clone()),
-            Err(BusError::OutOfSpace { .. })
-        ));
+        assert!(matches!(bus.register_window(0x70, 2, u64::MAX, dev.clone()), Err(BusError::OutOfSpace { .. })));
         bus.write(0x64, &[7]);
         bus.write(0x60, &[8]);
         assert_eq!(log(&dev), [('w', 1, vec![7]), ('w', 0, vec![8])]);

@@ -135,11 +135,7 @@ impl Control {
     ///
     /// Returns at once; the vCPUs leave the guest soon after.
     pub fn finish(&self, outcome: Outcome) -> bool {
-        let mut slot = self
-            .0
-            .outcome
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.0.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_some() {
             return false;
         }
@@ -151,21 +147,13 @@ impl Control {
     /// Why the machine ended, if it has.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
-        self.0
-            .outcome
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.0.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether the machine has ended.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.0
-            .outcome
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
+        self.0.outcome.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Waits for the end; after `limit` it ends the machine itself with [`Outcome::Timeout`].
@@ -174,21 +162,13 @@ impl Control {
     #[must_use]
     pub fn wait(&self, limit: Option<Duration>) -> Outcome {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        let mut slot = self
-            .0
-            .outcome
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.0.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(outcome) = &*slot {
                 return outcome.clone();
             }
             slot = match deadline {
-                None => self
-                    .0
-                    .changed
-                    .wait(slot)
-                    .unwrap_or_else(PoisonError::into_inner),
+                None => self.0.changed.wait(slot).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
@@ -196,11 +176,7 @@ impl Control {
                         self.0.changed.notify_all();
                         continue;
                     }
-                    self.0
-                        .changed
-                        .wait_timeout(slot, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
+                    self.0.changed.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }

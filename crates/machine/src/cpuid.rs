@@ -29,22 +29,15 @@ pub fn for_cpu(supported: &[CpuidEntry], cpu: u32, cpus: u32) -> Vec<CpuidEntry>
         [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
             || [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes).concat() == b"HygonGenuine"
     });
-    let mut entries: Vec<CpuidEntry> = supported
-        .iter()
-        .filter(|entry| !matches!(entry.leaf, LEAF_X2APIC | LEAF_X2APIC_V2))
-        .copied()
-        .collect();
+    let mut entries: Vec<CpuidEntry> =
+        supported.iter().filter(|entry| !matches!(entry.leaf, LEAF_X2APIC | LEAF_X2APIC_V2)).copied().collect();
     for entry in &mut entries {
         match entry.leaf {
             1 => {
                 // Initial APIC id, logical CPUs in the package; what does not fit is in leaf 0x0b.
                 entry.ebx = entry.ebx & 0x0000_ffff | cpus.min(255) << 16 | (cpu & 0xff) << 24;
                 entry.ecx |= ECX_HYPERVISOR;
-                entry.edx = if cpus > 1 {
-                    entry.edx | EDX_HTT
-                } else {
-                    entry.edx & !EDX_HTT
-                };
+                entry.edx = if cpus > 1 { entry.edx | EDX_HTT } else { entry.edx & !EDX_HTT };
             }
             // Caches (Intel's leaf, and AMD's of the same form): levels 1 and 2 belong to a core, others to the package.
             4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
@@ -56,11 +49,7 @@ pub fn for_cpu(supported: &[CpuidEntry], cpu: u32, cpus: u32) -> Vec<CpuidEntry>
                 }
             }
             0x8000_0001 if is_amd => {
-                entry.ecx = if cpus > 1 {
-                    entry.ecx | ECX_CMP_LEGACY
-                } else {
-                    entry.ecx & !ECX_CMP_LEGACY
-                };
+                entry.ecx = if cpus > 1 { entry.ecx | ECX_CMP_LEGACY } else { entry.ecx & !ECX_CMP_LEGACY };
             }
             0x8000_0008 if is_amd => {
                 entry.ecx = entry.ecx & 0xffff_0000 | bits.min(15) << 12 | last.min(255);
@@ -72,18 +61,14 @@ pub fn for_cpu(supported: &[CpuidEntry], cpu: u32, cpus: u32) -> Vec<CpuidEntry>
     }
     if basic.is_some_and(|entry| entry.eax >= LEAF_X2APIC) {
         let levels = [(0, 1, LEVEL_THREAD), (bits, cpus, LEVEL_CORE), (0, 0, 0)];
-        entries.extend(
-            (0..)
-                .zip(levels)
-                .map(|(subleaf, (shift, count, level))| CpuidEntry {
-                    leaf: LEAF_X2APIC,
-                    subleaf: Some(subleaf),
-                    eax: shift,
-                    ebx: count,
-                    ecx: subleaf | level,
-                    edx: cpu,
-                }),
-        );
+        entries.extend((0..).zip(levels).map(|(subleaf, (shift, count, level))| CpuidEntry {
+            leaf: LEAF_X2APIC,
+            subleaf: Some(subleaf),
+            eax: shift,
+            ebx: count,
+            ecx: subleaf | level,
+            edx: cpu,
+        }));
     }
     entries
 }
@@ -93,14 +78,7 @@ mod tests {
     use super::*;
 
     fn entry(leaf: u32, subleaf: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry {
-        CpuidEntry {
-            leaf,
-            subleaf,
-            eax,
-            ebx,
-            ecx,
-            edx,
-        }
+        CpuidEntry { leaf, subleaf, eax, ebx, ecx, edx }
     }
 
     fn vendor(name: &[u8; 12], max: u32) -> CpuidEntry {
@@ -125,9 +103,7 @@ mod tests {
     }
 
     fn get(entries: &[CpuidEntry], leaf: u32, subleaf: Option<u32>) -> CpuidEntry {
-        let mut found = entries
-            .iter()
-            .filter(|e| e.leaf == leaf && e.subleaf == subleaf);
+        let mut found = entries.iter().filter(|e| e.leaf == leaf && e.subleaf == subleaf);
         let entry = *found.next().unwrap();
         assert_eq!(found.next(), None, "leaf {leaf:#x} is there twice");
         entry
@@ -138,14 +114,8 @@ mod tests {
         for cpu in [0, 1, 2, 300] {
             let entries = for_cpu(&supported(b"GenuineIntel"), cpu, 301);
             let one = get(&entries, 1, None);
-            assert_eq!(
-                (one.ebx >> 24, one.ebx >> 16 & 0xff, one.ebx & 0xffff),
-                (cpu & 0xff, 255, 0x800)
-            );
-            assert_eq!(
-                (one.ecx, one.edx, one.eax),
-                (1 << 31 | 1, 1 << 28 | 2, 0x663)
-            );
+            assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff, one.ebx & 0xffff), (cpu & 0xff, 255, 0x800));
+            assert_eq!((one.ecx, one.edx, one.eax), (1 << 31 | 1, 1 << 28 | 2, 0x663));
             for subleaf in 0..3 {
                 assert_eq!(get(&entries, 0x0b, Some(subleaf)).edx, cpu);
             }
@@ -159,10 +129,7 @@ mod tests {
             let entries = for_cpu(&supported(b"GenuineIntel"), 0, cpus);
             let level = |n| get(&entries, 0x0b, Some(n));
             assert_eq!((level(0).eax, level(0).ebx, level(0).ecx), (0, 1, 0x100));
-            assert_eq!(
-                (level(1).eax, level(1).ebx, level(1).ecx),
-                (bits, cpus, 0x201)
-            );
+            assert_eq!((level(1).eax, level(1).ebx, level(1).ecx), (bits, cpus, 0x201));
             assert_eq!((level(2).eax, level(2).ebx, level(2).ecx), (0, 0, 2));
         }
     }

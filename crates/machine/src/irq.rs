@@ -25,19 +25,13 @@ impl IrqPin {
     /// A pin on `line`, not asserted.
     #[must_use]
     pub fn new(line: Arc<dyn IrqLine>) -> Self {
-        Self {
-            line: Some(line),
-            asserted: false,
-        }
+        Self { line: Some(line), asserted: false }
     }
 
     /// A pin that leads nowhere, for a device that the guest polls.
     #[must_use]
     pub fn unconnected() -> Self {
-        Self {
-            line: None,
-            asserted: false,
-        }
+        Self { line: None, asserted: false }
     }
 
     /// Drives the pin.
@@ -59,10 +53,7 @@ impl IrqPin {
 
 impl fmt::Debug for IrqPin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("IrqPin")
-            .field("connected", &self.line.is_some())
-            .field("asserted", &self.asserted)
-            .finish()
+        f.debug_struct("IrqPin").field("connected", &self.line.is_some()).field("asserted", &self.asserted).finish()
     }
 }
 

@@ -16,13 +16,10 @@ use std::thread;
 use std::time::Duration;
 
 use vm_accel::x86_64::X86Msr;
-use vm_accel::{
-    Accel, AccelError, GuestArch, GuestMemory, GuestRegion, IrqChip, MemoryFlags, VcpuKick, VcpuOps,
-};
+use vm_accel::{Accel, AccelError, GuestArch, GuestMemory, GuestRegion, IrqChip, MemoryFlags, VcpuKick, VcpuOps};
 
 use crate::boot::{
-    BootKind, BootPlan, BootRequest, BootState, DEFAULT_FLAT_ADDRESS, MemorySink, Module, Protocol,
-    X86BootState,
+    BootKind, BootPlan, BootRequest, BootState, DEFAULT_FLAT_ADDRESS, MemorySink, Module, Protocol, X86BootState,
 };
 use crate::bus::lock;
 use crate::control::{Control, Failure, Outcome};
@@ -56,11 +53,7 @@ pub struct MachineConfig {
 impl Default for MachineConfig {
     /// 512 MiB and one CPU.
     fn default() -> Self {
-        Self {
-            memory: 512 << 20,
-            cpus: 1,
-            irqchip: None,
-        }
+        Self { memory: 512 << 20, cpus: 1, irqchip: None }
     }
 }
 
@@ -118,16 +111,10 @@ enum AnyBoard {
 impl AnyBoard {
     fn wiring(&self) -> Wiring<'_> {
         match self {
-            Self::Pc(board) => Wiring {
-                ports: &board.ports,
-                mmio: &board.mmio,
-                chips: board.interrupts.split().map(Arc::as_ref),
-            },
-            Self::Virt(board) => Wiring {
-                ports: &board.ports,
-                mmio: &board.mmio,
-                chips: None,
-            },
+            Self::Pc(board) => {
+                Wiring { ports: &board.ports, mmio: &board.mmio, chips: board.interrupts.split().map(Arc::as_ref) }
+            }
+            Self::Virt(board) => Wiring { ports: &board.ports, mmio: &board.mmio, chips: None },
         }
     }
 
@@ -178,14 +165,8 @@ impl Machine {
     /// Refuses a number of CPUs that the board or the accelerator cannot have.
     fn check_cpus(accel: &dyn Accel, count: u32, most: u32) -> Result<(), MachineError> {
         let capabilities = accel.capabilities();
-        let most = most
-            .min(capabilities.max_vcpus)
-            .min(capabilities.max_vcpu_id);
-        if (1..=most).contains(&count) {
-            Ok(())
-        } else {
-            Err(MachineError::Cpus { count, most })
-        }
+        let most = most.min(capabilities.max_vcpus).min(capabilities.max_vcpu_id);
+        if (1..=most).contains(&count) { Ok(()) } else { Err(MachineError::Cpus { count, most }) }
     }
 
     /// Gives the guest its RAM.
@@ -198,14 +179,9 @@ impl Machine {
         Ok(())
     }
 
-    fn create_vcpus(
-        accel: &SharedAccel,
-        count: u32,
-    ) -> Result<Vec<Box<dyn VcpuOps>>, MachineError> {
+    fn create_vcpus(accel: &SharedAccel, count: u32) -> Result<Vec<Box<dyn VcpuOps>>, MachineError> {
         let create = |id| lock(accel).create_vcpu(id);
-        (0..count)
-            .map(|id| create(id).map_err(MachineError::accel("creating a vCPU")))
-            .collect()
+        (0..count).map(|id| create(id).map_err(MachineError::accel("creating a vCPU"))).collect()
     }
 
     /// Builds a board `virt`.
@@ -227,9 +203,7 @@ impl Machine {
         }
         .plan()?;
         let during = MachineError::accel("creating the interrupt controllers");
-        accel
-            .create_irqchip(config.irqchip.unwrap_or(IrqChip::Kernel))
-            .map_err(&during)?;
+        accel.create_irqchip(config.irqchip.unwrap_or(IrqChip::Kernel)).map_err(&during)?;
         let gic = accel.gic().map_err(&during)?;
 
         let memory = virt::allocate(config.memory)?;
@@ -237,9 +211,7 @@ impl Machine {
         plan.load(&mut &memory).map_err(&write)?;
         if let Some(place) = &plan.device_tree {
             let mut seed = [0; fdt::SEED_LEN];
-            getrandom::fill(&mut seed).map_err(|error| MachineError::Random {
-                message: error.to_string(),
-            })?;
+            getrandom::fill(&mut seed).map_err(|error| MachineError::Random { message: error.to_string() })?;
             let tree = fdt::build(&fdt::Description {
                 memory: config.memory,
                 cpus: config.cpus,
@@ -248,9 +220,7 @@ impl Machine {
                 initrd: plan.initrd.clone(),
                 seed,
             })
-            .map_err(|error| MachineError::DeviceTree {
-                message: error.to_string(),
-            })?;
+            .map_err(|error| MachineError::DeviceTree { message: error.to_string() })?;
             let room = place.end - place.start;
             if tree.len() as u64 > room {
                 let message = format!("{} bytes are more than {room}", tree.len());
@@ -309,9 +279,7 @@ impl Machine {
             accel
                 .map_memory(gpa, &region, MemoryFlags::ROM)
                 .map_err(MachineError::accel("giving the guest its firmware"))?;
-            memory
-                .insert(gpa, region)
-                .map_err(MachineError::accel("giving the guest its firmware"))?;
+            memory.insert(gpa, region).map_err(MachineError::accel("giving the guest its firmware"))?;
         }
 
         let control = Control::new();
@@ -369,15 +337,7 @@ impl Machine {
     /// threads are joined, and [`serial_input`](Self::serial_input) takes no more.
     #[must_use]
     pub fn run(self, limit: Option<Duration>) -> Outcome {
-        let Self {
-            vcpus,
-            accel,
-            memory,
-            board,
-            control,
-            state,
-            ..
-        } = self;
+        let Self { vcpus, accel, memory, board, control, state, .. } = self;
         let outcome = run_vcpus(vcpus, &board, &control, limit, |vcpu, cpus| match &state {
             BootState::X86(state) => set_up(vcpu, state, cpus),
             BootState::Aarch64(regs) => virt::set_up(vcpu, regs),
@@ -417,19 +377,13 @@ fn fill_memory(memory: &GuestMemory, plan: &BootPlan<'_>, cpus: u32) -> Result<(
     let write = MachineError::accel("writing the guest to its memory");
     let mut sink = memory;
     plan.load(&mut sink).map_err(&write)?;
-    for mapping in plan
-        .mappings
-        .iter()
-        .filter(|mapping| in_shadow(mapping.gpa))
-    {
+    for mapping in plan.mappings.iter().filter(|mapping| in_shadow(mapping.gpa)) {
         memory.write(mapping.gpa, mapping.data).map_err(&write)?;
     }
     // Firmware has the place of the tables, and makes its own.
     if !plan.mappings.iter().any(|mapping| in_shadow(mapping.gpa)) {
         let tables = acpi::build(ACPI_ADDRESS, cpus);
-        memory
-            .write(tables.address.into(), &tables.bytes)
-            .map_err(&write)?;
+        memory.write(tables.address.into(), &tables.bytes).map_err(&write)?;
     }
     Ok(())
 }
@@ -442,10 +396,7 @@ fn in_shadow(gpa: u64) -> bool {
 /// The read-only regions outside RAM that the plan asks for.
 fn roms(plan: &BootPlan<'_>) -> Result<Vec<(u64, GuestRegion)>, MachineError> {
     let during = MachineError::accel("giving the guest its firmware");
-    let mappings = plan
-        .mappings
-        .iter()
-        .filter(|mapping| !in_shadow(mapping.gpa));
+    let mappings = plan.mappings.iter().filter(|mapping| !in_shadow(mapping.gpa));
     mappings
         .map(|mapping| {
             let region = GuestRegion::anonymous(mapping.data.len() as u64).map_err(&during)?;
@@ -463,10 +414,7 @@ fn set_up(vcpu: &mut dyn VcpuOps, boot: &X86BootState, cpus: u32) -> Result<(), 
     let supported = x86.supported_cpuid()?;
     x86.set_cpuid(&cpuid::for_cpu(&supported, cpu, cpus))?;
     // Memory types make no difference to a guest without device memory; a backend without this MSR is as good.
-    match x86.set_msrs(&[X86Msr {
-        index: MTRR_DEF_TYPE,
-        value: MTRR_WRITE_BACK,
-    }]) {
+    match x86.set_msrs(&[X86Msr { index: MTRR_DEF_TYPE, value: MTRR_WRITE_BACK }]) {
         Ok(()) | Err(AccelError::Msr { .. } | AccelError::Unsupported { .. }) => {}
         Err(error) => return Err(error),
     }
@@ -494,10 +442,7 @@ impl Gate {
     fn wait(&self) {
         let mut open = lock(&self.open);
         while !*open {
-            open = self
-                .changed
-                .wait(open)
-                .unwrap_or_else(PoisonError::into_inner);
+            open = self.changed.wait(open).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -518,9 +463,7 @@ fn run_vcpus(
         let mut kicks: Vec<VcpuKick> = Vec::new();
         let mut start_vcpu = |mut vcpu: Box<dyn VcpuOps>| {
             let cpu = vcpu.get_id();
-            let kick = vcpu
-                .kick_handle()
-                .map_err(|source| fail(cpu, "taking its kick handle", source))?;
+            let kick = vcpu.kick_handle().map_err(|source| fail(cpu, "taking its kick handle", source))?;
             kicks.push(kick);
             let (ready, gate, set_up) = (ready.clone(), &gate, &set_up);
             start(scope, control, format!("vcpu{cpu}"), move || {
@@ -535,9 +478,7 @@ fn run_vcpus(
         };
         let started = vcpus.into_iter().try_for_each(&mut start_vcpu);
         if let Err(outcome) = started.and_then(|()| {
-            chips.map_or(Ok(()), |chips| {
-                start(scope, control, "timer".to_owned(), || chips.run_timer())
-            })
+            chips.map_or(Ok(()), |chips| start(scope, control, "timer".to_owned(), || chips.run_timer()))
         }) {
             control.finish(outcome);
         }
@@ -569,32 +510,19 @@ fn start<'scope>(
             control.finish(Outcome::Failed(Failure::Panicked { thread, message }));
         }
     };
-    match thread::Builder::new()
-        .name(name.clone())
-        .spawn_scoped(scope, guarded)
-    {
+    match thread::Builder::new().name(name.clone()).spawn_scoped(scope, guarded) {
         Ok(_) => Ok(()),
-        Err(error) => Err(Outcome::Failed(Failure::Thread {
-            thread: name,
-            message: error.to_string(),
-        })),
+        Err(error) => Err(Outcome::Failed(Failure::Thread { thread: name, message: error.to_string() })),
     }
 }
 
 fn fail(cpu: u32, during: &str, source: AccelError) -> Outcome {
-    Outcome::Failed(Failure::Vcpu {
-        cpu,
-        during: during.to_owned(),
-        source,
-    })
+    Outcome::Failed(Failure::Vcpu { cpu, during: during.to_owned(), source })
 }
 
 /// What a panic said, if it said something.
 fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("no message").to_owned()
 }
 

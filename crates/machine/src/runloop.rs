@@ -31,13 +31,7 @@ const BOOT_CPU: u32 = 0;
 /// Runs `vcpu` until the machine of `control` has ended, for its own reasons or others'.
 pub(crate) fn run(vcpu: &mut dyn VcpuOps, wiring: Wiring<'_>, control: &Control) {
     let cpu = vcpu.get_id();
-    let fail = |during: String, source| {
-        Outcome::Failed(Failure::Vcpu {
-            cpu,
-            during,
-            source,
-        })
-    };
+    let fail = |during: String, source| Outcome::Failed(Failure::Vcpu { cpu, during, source });
     // Most accesses fit; a string instruction with REP can be longer.
     let mut buffer = Vec::with_capacity(8);
     let external = wiring.chips.filter(|_| cpu == BOOT_CPU);
@@ -50,8 +44,7 @@ pub(crate) fn run(vcpu: &mut dyn VcpuOps, wiring: Wiring<'_>, control: &Control)
             .map_err(|source| fail("injecting an interrupt".to_owned(), source))
             .and_then(|()| vcpu.run().map_err(|source| fail("run".to_owned(), source)))
             .and_then(|exit| {
-                serve(vcpu, exit, wiring, &mut buffer)
-                    .map_err(|source| fail(describe(vcpu, exit), source))
+                serve(vcpu, exit, wiring, &mut buffer).map_err(|source| fail(describe(vcpu, exit), source))
             });
         if let Some(outcome) = step.unwrap_or_else(Some) {
             control.finish(outcome);
@@ -72,36 +65,16 @@ fn serve(
         return Ok(None);
     }
     match exit {
-        VcpuExit::Io {
-            port,
-            direction: IoDirection::Out,
-            size,
-        } => {
-            vcpu.io_data()?
-                .chunks(element(size))
-                .for_each(|data| wiring.ports.write(port.into(), data));
+        VcpuExit::Io { port, direction: IoDirection::Out, size } => {
+            vcpu.io_data()?.chunks(element(size)).for_each(|data| wiring.ports.write(port.into(), data));
         }
-        VcpuExit::Io {
-            port,
-            direction: IoDirection::In,
-            size,
-        } => {
+        VcpuExit::Io { port, direction: IoDirection::In, size } => {
             vcpu.prepare_read(buffer);
-            buffer
-                .chunks_mut(element(size))
-                .for_each(|data| wiring.ports.read(port.into(), data));
+            buffer.chunks_mut(element(size)).for_each(|data| wiring.ports.read(port.into(), data));
             vcpu.complete_read(buffer)?;
         }
-        VcpuExit::Mmio {
-            addr,
-            is_write: true,
-            ..
-        } => wiring.mmio.write(addr, vcpu.io_data()?),
-        VcpuExit::Mmio {
-            addr,
-            is_write: false,
-            ..
-        } => {
+        VcpuExit::Mmio { addr, is_write: true, .. } => wiring.mmio.write(addr, vcpu.io_data()?),
+        VcpuExit::Mmio { addr, is_write: false, .. } => {
             vcpu.prepare_read(buffer);
             wiring.mmio.read(addr, buffer);
             vcpu.complete_read(buffer)?;
@@ -137,12 +110,8 @@ fn element(size: u8) -> usize {
 
 /// An exit for messages: what it is, where, and the platform's own number if there is one.
 fn describe(vcpu: &dyn VcpuOps, exit: VcpuExit) -> String {
-    let place = vcpu
-        .get_regs()
-        .map_or_else(|_| String::new(), |regs| format!(" at {:#x}", regs.pc));
-    let raw = vcpu
-        .raw_exit()
-        .map_or_else(String::new, |raw| format!(" (platform's exit {raw:#x})"));
+    let place = vcpu.get_regs().map_or_else(|_| String::new(), |regs| format!(" at {:#x}", regs.pc));
+    let raw = vcpu.raw_exit().map_or_else(String::new, |raw| format!(" (platform's exit {raw:#x})"));
     format!("{exit:x?}{place}{raw}")
 }
 

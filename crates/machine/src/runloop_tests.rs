@@ -35,33 +35,17 @@ fn play(steps: Vec<Step>) -> (Script, Outcome, Vec<(u64, Vec<u8>)>) {
     mmio.register(0x1000, 0x100, device.clone()).unwrap();
     let control = Control::new();
     let mut script = Script::new(7, steps);
-    run(
-        &mut script,
-        Wiring {
-            ports: &ports,
-            mmio: &mmio,
-            chips: None,
-        },
-        &control,
-    );
+    run(&mut script, Wiring { ports: &ports, mmio: &mmio, chips: None }, &control);
     let writes = crate::bus::lock(&device).writes.clone();
     (script, control.outcome().unwrap(), writes)
 }
 
 fn io(port: u16, direction: IoDirection, size: u8) -> VcpuExit {
-    VcpuExit::Io {
-        port,
-        direction,
-        size,
-    }
+    VcpuExit::Io { port, direction, size }
 }
 
 fn mmio(addr: u64, size: u8, is_write: bool) -> VcpuExit {
-    VcpuExit::Mmio {
-        addr,
-        size,
-        is_write,
-    }
+    VcpuExit::Mmio { addr, size, is_write }
 }
 
 #[test]
@@ -77,10 +61,7 @@ fn accesses_reach_their_bus_and_reads_are_answered() {
     ]);
     assert_eq!(outcome, Outcome::Shutdown);
     assert_eq!(writes, [(0, vec![1, 2]), (8, vec![1, 2, 3, 4, 5, 6, 7, 8])]);
-    assert_eq!(
-        script.answers,
-        [vec![1; 4], vec![2; 2], vec![0xff; 2], vec![0xff; 8]]
-    );
+    assert_eq!(script.answers, [vec![1; 4], vec![2; 2], vec![0xff; 2], vec![0xff; 8]]);
 }
 
 #[test]
@@ -112,10 +93,7 @@ fn every_end_has_its_outcome() {
         (VcpuExit::Reset, Outcome::Reset),
         (VcpuExit::TripleFault, Outcome::TripleFault { cpu: 7 }),
         (VcpuExit::Crash, Outcome::Crash { cpu: 7 }),
-        (
-            VcpuExit::Halted,
-            Outcome::Failed(Failure::HaltedForever { cpu: 7 }),
-        ),
+        (VcpuExit::Halted, Outcome::Failed(Failure::HaltedForever { cpu: 7 })),
     ] {
         assert_eq!(play(vec![Step::Exit(exit)]).1, outcome);
     }
@@ -123,54 +101,30 @@ fn every_end_has_its_outcome() {
 
 #[test]
 fn an_exit_without_an_answer_is_named_with_its_place() {
-    for exit in [
-        VcpuExit::Debug,
-        VcpuExit::Unknown,
-        VcpuExit::EndOfInterrupt { vector: 3 },
-    ] {
+    for exit in [VcpuExit::Debug, VcpuExit::Unknown, VcpuExit::EndOfInterrupt { vector: 3 }] {
         let (_, outcome, _) = play(vec![Step::Exit(exit)]);
         let text = outcome.to_string();
         let name = format!("{exit:?}");
-        assert!(
-            text.contains("vCPU 7") && text.contains(&name[..5]) && text.contains("0x1234"),
-            "{text}"
-        );
+        assert!(text.contains("vCPU 7") && text.contains(&name[..5]) && text.contains("0x1234"), "{text}");
     }
 }
 
 #[test]
 fn an_error_names_the_vcpu_and_what_it_was_doing() {
-    let error = AccelError::Host {
-        op: "KVM_RUN",
-        message: "bad address".to_owned(),
-        code: Some(14),
-    };
+    let error = AccelError::Host { op: "KVM_RUN", message: "bad address".to_owned(), code: Some(14) };
     let (_, outcome, _) = play(vec![Step::Error(error.clone())]);
-    assert_eq!(
-        outcome,
-        Outcome::Failed(Failure::Vcpu {
-            cpu: 7,
-            during: "run".to_owned(),
-            source: error
-        })
-    );
+    assert_eq!(outcome, Outcome::Failed(Failure::Vcpu { cpu: 7, during: "run".to_owned(), source: error }));
     // A write exit whose data the backend does not have.
     let (_, outcome, _) = play(vec![Step::Exit(io(0x3f8, IoDirection::Out, 1))]);
     let text = outcome.to_string();
-    assert!(
-        text.contains("vCPU 7") && text.contains("3f8") && text.contains("0x1234"),
-        "{text}"
-    );
+    assert!(text.contains("vCPU 7") && text.contains("3f8") && text.contains("0x1234"), "{text}");
 }
 
 #[test]
 fn hypercalls_fail_and_msrs_fault() {
     let (script, _, _) = play(vec![
         Step::Exit(VcpuExit::SystemCall),
-        Step::Msr(VcpuExit::Msr {
-            index: 0x1b0,
-            is_write: false,
-        }),
+        Step::Msr(VcpuExit::Msr { index: 0x1b0, is_write: false }),
         Step::Exit(VcpuExit::Shutdown),
     ]);
     assert_eq!(script.regs.gpr[0], NO_SUCH_HYPERCALL);
@@ -192,15 +146,7 @@ fn kicks_do_not_end_it_and_a_device_does_at_once() {
             Step::Exit(VcpuExit::TripleFault),
         ],
     );
-    run(
-        &mut script,
-        Wiring {
-            ports: &ports,
-            mmio: &Bus::mmio(),
-            chips: None,
-        },
-        &control,
-    );
+    run(&mut script, Wiring { ports: &ports, mmio: &Bus::mmio(), chips: None }, &control);
     assert_eq!(control.outcome(), Some(Outcome::ExitPort(9)));
     assert_eq!(script.left(), 1, "the guest did not run on");
 }

@@ -3,10 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 
-use vm_accel::{
-    AccelError, FpuRegs, GuestRegs, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps,
-    VcpuResult,
-};
+use vm_accel::{AccelError, FpuRegs, GuestRegs, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps, VcpuResult};
 
 use crate::bus::lock;
 
@@ -63,10 +60,7 @@ impl Script {
             wanted: None,
             must_refuse: false,
             kicked: Arc::default(),
-            regs: GuestRegs {
-                pc: 0x1234,
-                ..GuestRegs::default()
-            },
+            regs: GuestRegs { pc: 0x1234, ..GuestRegs::default() },
             answers: Vec::new(),
             refused: 0,
         }
@@ -87,10 +81,7 @@ impl VcpuOps for Script {
         if let Some(len) = self.wanted {
             return Err(AccelError::PendingRead { addr: 0, len });
         }
-        assert!(
-            !self.must_refuse,
-            "an MSR access was neither answered nor refused"
-        );
+        assert!(!self.must_refuse, "an MSR access was neither answered nor refused");
         self.written = None;
         match self.steps.pop_front() {
             Some(Step::Exit(exit)) => Ok(exit),
@@ -136,9 +127,7 @@ impl VcpuOps for Script {
     }
 
     fn io_data(&self) -> VcpuResult<&[u8]> {
-        self.written
-            .as_deref()
-            .ok_or_else(|| self.unsupported("data of an exit without any"))
+        self.written.as_deref().ok_or_else(|| self.unsupported("data of an exit without any"))
     }
 
     fn complete_read(&mut self, data: &[u8]) -> VcpuResult<()> {
@@ -154,12 +143,7 @@ impl VcpuOps for Script {
     }
 
     fn pending_access(&self) -> Option<PendingAccess> {
-        self.wanted.map(|len| PendingAccess {
-            addr: 0,
-            len,
-            is_write: false,
-            answered: false,
-        })
+        self.wanted.map(|len| PendingAccess { addr: 0, len, is_write: false, answered: false })
     }
 
     fn kick_handle(&self) -> VcpuResult<VcpuKick> {

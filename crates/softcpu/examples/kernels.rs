@@ -33,9 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let put = |at: u64, bytes: &[u8]| {
         assert!(at as usize + bytes.len() <= RAM);
         // SAFETY: inside the allocation, as just checked; no reference to it is alive.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), host.add(at as usize), bytes.len())
-        };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host.add(at as usize), bytes.len()) };
     };
     put(0x20_0000, &blob);
     // HLT, where the kernels return to.
@@ -44,10 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     put(TABLES, &(TABLES + 0x1003).to_le_bytes());
     put(TABLES + 0x1000, &(TABLES + 0x2003).to_le_bytes());
     for i in 0..64 {
-        put(
-            TABLES + 0x2000 + 8 * i,
-            &(TABLES + 0x3003 + 0x1000 * i).to_le_bytes(),
-        );
+        put(TABLES + 0x2000 + 8 * i, &(TABLES + 0x3003 + 0x1000 * i).to_le_bytes());
     }
     for page in 0..RAM as u64 / 4096 {
         put(TABLES + 0x3000 + 8 * page, &(page << 12 | 3).to_le_bytes());
@@ -58,26 +53,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut cpu = Cpu::new(0, Config::default(), ram, Box::new(NoBus));
     let (mut total, mut count) = (0.0f64, 0);
     for (number, (name, n)) in KERNELS.into_iter().enumerate() {
-        if only
-            .as_ref()
-            .is_some_and(|only| !only.split(',').any(|x| x == name))
-        {
+        if only.as_ref().is_some_and(|only| !only.split(',').any(|x| x == name)) {
             continue;
         }
         put(0x18_0000, &0x1000u64.to_le_bytes());
         cpu.update(|st| {
-            let code = Segment {
-                selector: 8,
-                base: 0,
-                limit: u32::MAX,
-                access: 0xa09b,
-                unusable: false,
-            };
-            st.segs[..6].fill(Segment {
-                selector: 16,
-                access: 0xc093,
-                ..code
-            });
+            let code = Segment { selector: 8, base: 0, limit: u32::MAX, access: 0xa09b, unusable: false };
+            st.segs[..6].fill(Segment { selector: 16, access: 0xc093, ..code });
             st.segs[seg::CS] = code;
             st.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET | cr0::WP;
             st.cr3 = TABLES;
@@ -98,20 +80,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let done = cpu.instructions() - before;
         let mips = done as f64 / seconds / 1e6;
-        println!(
-            "{name:7} {:016x} {seconds:8.3} s {done:12} instructions {mips:7.0} MIPS",
-            cpu.state().gpr[0]
-        );
+        println!("{name:7} {:016x} {seconds:8.3} s {done:12} instructions {mips:7.0} MIPS", cpu.state().gpr[0]);
         if !matches!(name, "rand" | "rep" | "nbody" | "matmul") {
             total += mips.ln();
             count += 1;
         }
     }
     if count > 0 {
-        println!(
-            "integer geometric mean {:.0} MIPS",
-            (total / f64::from(count)).exp()
-        );
+        println!("integer geometric mean {:.0} MIPS", (total / f64::from(count)).exp());
     }
     drop(memory);
     Ok(())

@@ -105,25 +105,9 @@ fn stale(_: &mut Core, _: &Op) -> Exec {
 
 impl Cache {
     pub(crate) fn new() -> Self {
-        let jumps = vec![
-            Jump {
-                rip: 0,
-                tag: 0,
-                block: 0
-            };
-            JUMPS
-        ]
-        .into_boxed_slice();
-        let Ok(jumps) = jumps.try_into() else {
-            unreachable!("the length is right")
-        };
-        Cache {
-            blocks: Vec::new(),
-            origins: Vec::new(),
-            by_key: Map::default(),
-            by_page: Map::default(),
-            jumps,
-        }
+        let jumps = vec![Jump { rip: 0, tag: 0, block: 0 }; JUMPS].into_boxed_slice();
+        let Ok(jumps) = jumps.try_into() else { unreachable!("the length is right") };
+        Cache { blocks: Vec::new(), origins: Vec::new(), by_key: Map::default(), by_page: Map::default(), jumps }
     }
 
     /// The block at `rip` in the current mode, decoded if need be. Raises what fetching raises.
@@ -142,11 +126,7 @@ impl Cache {
     pub(crate) fn find_slow(&mut self, core: &mut Core, rip: u64) -> Exec<u32> {
         let lin = code_address(core, rip)?;
         let gpa = core.fetch_address(lin)?;
-        let key = Key {
-            gpa,
-            rip,
-            mode: core.mode,
-        };
+        let key = Key { gpa, rip, mode: core.mode };
         let block = match self.by_key.get(&key) {
             Some(&block) => block,
             None => self.build(core, key)?,
@@ -195,10 +175,7 @@ impl Cache {
             links: [Link::default(); 2],
             targets: decoded.targets,
         });
-        self.origins.push(Origin {
-            key,
-            len: len as u16,
-        });
+        self.origins.push(Origin { key, len: len as u16 });
         self.by_key.insert(key, id);
         self.by_page.entry(key.gpa >> 12).or_default().push(id);
         Ok(id)
@@ -209,17 +186,11 @@ impl Cache {
         let end = gpa.saturating_add(len);
         let pages = (end.saturating_sub(1) >> 12) - (gpa >> 12) + 1;
         if pages > self.by_page.len() as u64 {
-            let hit: Vec<u64> = self
-                .by_page
-                .keys()
-                .copied()
-                .filter(|page| page << 12 < end && (page + 1) << 12 > gpa)
-                .collect();
-            hit.into_iter()
-                .for_each(|page| self.invalidate_page(page, gpa, end));
+            let hit: Vec<u64> =
+                self.by_page.keys().copied().filter(|page| page << 12 < end && (page + 1) << 12 > gpa).collect();
+            hit.into_iter().for_each(|page| self.invalidate_page(page, gpa, end));
         } else {
-            (gpa >> 12..=end.saturating_sub(1) >> 12)
-                .for_each(|page| self.invalidate_page(page, gpa, end));
+            (gpa >> 12..=end.saturating_sub(1) >> 12).for_each(|page| self.invalidate_page(page, gpa, end));
         }
     }
 
@@ -235,10 +206,7 @@ impl Cache {
             let hit = key.gpa < (end + 63) & !63 && key.gpa + u64::from(len) > gpa & !63;
             if hit {
                 by_key.remove(&key);
-                block.ops = Box::new([Op {
-                    f: stale,
-                    ..Op::nothing(stale)
-                }]);
+                block.ops = Box::new([Op { f: stale, ..Op::nothing(stale) }]);
                 block.count = 0;
                 block.links = [Link::default(); 2];
             }
@@ -255,11 +223,7 @@ impl Cache {
         self.origins.clear();
         self.by_key.clear();
         self.by_page.clear();
-        self.jumps.fill(Jump {
-            rip: 0,
-            tag: 0,
-            block: 0,
-        });
+        self.jumps.fill(Jump { rip: 0, tag: 0, block: 0 });
     }
 }
 

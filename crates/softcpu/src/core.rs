@@ -119,11 +119,7 @@ impl Core {
     /// Answers `StepAlone` unless the instruction already runs alone. First line of handlers that talk to the bus.
     #[inline]
     pub(crate) fn need_alone(&mut self) -> Exec {
-        if self.alone {
-            Ok(())
-        } else {
-            self.trap(Trap::StepAlone)
-        }
+        if self.alone { Ok(()) } else { self.trap(Trap::StepAlone) }
     }
 
     /// RFLAGS, complete.
@@ -223,11 +219,7 @@ impl Core {
 
     /// The TLB set for implicit supervisor accesses (descriptor tables, TSS), whatever CPL is.
     pub(crate) fn system_set(&self) -> Set {
-        if self.st.cr4 & cr4::SMAP != 0 {
-            Set::Smap
-        } else {
-            Set::Supervisor
-        }
+        if self.st.cr4 & cr4::SMAP != 0 { Set::Smap } else { Set::Supervisor }
     }
 
     /// Recomputes everything derived, after the state was replaced or patched from outside.
@@ -284,9 +276,7 @@ impl Core {
             self.layout = self.ram.layout();
             self.flush_tlb(true);
         }
-        self.remote
-            .seen
-            .store(round, std::sync::atomic::Ordering::SeqCst);
+        self.remote.seen.store(round, std::sync::atomic::Ordering::SeqCst);
     }
 
     /// XMM register `index` (0 to 15).

@@ -39,10 +39,7 @@ pub struct Config {
 impl Default for Config {
     /// A TSC of 1 GHz that starts now.
     fn default() -> Self {
-        Config {
-            tsc: TscMode::Host(1_000_000_000),
-            start: Instant::now(),
-        }
+        Config { tsc: TscMode::Host(1_000_000_000), start: Instant::now() }
     }
 }
 
@@ -130,12 +127,7 @@ impl Cpu {
         };
         core.sync_all();
         core.take_in();
-        Cpu {
-            core,
-            cache: Cache::new(),
-            window: false,
-            poll: true,
-        }
+        Cpu { core, cache: Cache::new(), window: false, poll: true }
     }
 
     /// A CPU for [`Cpu::emulate_one`] only: nothing is served, every device access is answered by the caller.
@@ -215,12 +207,7 @@ impl Cpu {
         // Acquire: what was done before the wake is visible.
         remote.wake.swap(false, Ordering::AcqRel);
         self.core.take_in();
-        let stale = std::mem::take(
-            &mut *remote
-                .stale
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner),
-        );
+        let stale = std::mem::take(&mut *remote.stale.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         for (gpa, len) in stale {
             self.cache.invalidate(gpa, len);
         }
@@ -260,11 +247,11 @@ impl Cpu {
         if open && (self.poll || core.st.events.halted) {
             let tsc = core.tsc();
             self.poll = core.bus.interrupt_pending(tsc);
-            if self.poll
-                && let Some(vector) = core.bus.acknowledge()
-            {
-                core.st.events.halted = false;
-                return Some(self.deliver(crate::interrupt::Source::External(vector)));
+            if self.poll {
+                if let Some(vector) = core.bus.acknowledge() {
+                    core.st.events.halted = false;
+                    return Some(self.deliver(crate::interrupt::Source::External(vector)));
+                }
             }
         } else if !open {
             self.poll = true;
@@ -273,11 +260,7 @@ impl Cpu {
             self.window = false;
             return Some(Pause::Exit(Exit::InterruptWindow));
         }
-        self.core
-            .st
-            .events
-            .halted
-            .then_some(Pause::Exit(Exit::Halted))
+        self.core.st.events.halted.then_some(Pause::Exit(Exit::Halted))
     }
 
     fn deliver(&mut self, source: crate::interrupt::Source) -> Pause {
@@ -338,22 +321,12 @@ impl Cpu {
                 _ => {
                     // How many instructions of the block were not begun, and where the last one is.
                     let done = block.ops.len() - left.len();
-                    let (off, len) = block
-                        .ops
-                        .get(done - 1)
-                        .map_or((0, 0), |op| (op.off, op.len));
-                    core.icount = core
-                        .icount
-                        .wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
-                    let stack = block
-                        .ops
-                        .get(done - 1)
-                        .is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);
+                    let (off, len) = block.ops.get(done - 1).map_or((0, 0), |op| (op.off, op.len));
+                    core.icount = core.icount.wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
+                    let stack = block.ops.get(done - 1).is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);
                     let rip = core.block_rip.wrapping_add(u64::from(off));
                     match leave {
-                        Leave::Next => {
-                            core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(len)))
-                        }
+                        Leave::Next => core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(len))),
                         Leave::Jump => {}
                         Leave::Stale => {
                             core.st.rip = core.block_rip;
@@ -389,13 +362,10 @@ impl Cpu {
                 Err(_) => return self.trapped(),
             }
             // Decoding the next block may have dropped all blocks; then the generation is another.
-            if core.links == generation
-                && let Some(block) = self.cache.blocks.get_mut(from as usize)
-            {
-                block.links[which] = Link {
-                    block: id,
-                    generation,
-                };
+            if core.links == generation {
+                if let Some(block) = self.cache.blocks.get_mut(from as usize) {
+                    block.links[which] = Link { block: id, generation };
+                }
             }
         }
     }
@@ -427,11 +397,10 @@ impl Cpu {
         let core = &mut self.core;
         let rip = core.st.rip;
         // Behind MOV SS instruction breakpoints wait, too (SDM vol. 3A, 6.8.3).
-        if !core.replay.resume
-            && !core.st.events.mov_ss_shadow
-            && let Some(dr6) = core.code_breakpoint(rip)
-        {
-            return self.deliver_exception(Exception::Db(dr6));
+        if !core.replay.resume && !core.st.events.mov_ss_shadow {
+            if let Some(dr6) = core.code_breakpoint(rip) {
+                return self.deliver_exception(Exception::Db(dr6));
+            }
         }
         let mut bytes = [0; 15];
         let Ok(n) = self.fetch(rip, &mut bytes) else {
@@ -494,9 +463,7 @@ impl Cpu {
         if !core.code_writes.is_empty() {
             let writes = std::mem::take(&mut core.code_writes);
             let (ram, layout) = (core.ram.clone(), core.layout.clone());
-            writes
-                .into_iter()
-                .for_each(|(gpa, len)| ram.code_written(&layout, gpa, len));
+            writes.into_iter().for_each(|(gpa, len)| ram.code_written(&layout, gpa, len));
         }
         let next = core.wrap_rip(rip.wrapping_add(u64::from(op.len)));
         let mut exit = None;
@@ -593,8 +560,7 @@ impl Cpu {
     /// Answers the read of the last exit. `false` if there is none or the length is wrong.
     #[must_use = "an answer that was not taken leaves the read pending"]
     pub fn complete_read(&mut self, data: &[u8]) -> bool {
-        self.core.replay.pending.is_some_and(|access| !access.write)
-            && self.core.replay.answer(data)
+        self.core.replay.pending.is_some_and(|access| !access.write) && self.core.replay.answer(data)
     }
 
     /// Whether an access or the rest of an instruction is outstanding.
@@ -740,10 +706,7 @@ impl Cpu {
 
     /// Translates a linear address as a read with supervisor rights would, accessed bits set; `None` where that faults.
     pub fn translate(&mut self, lin: u64) -> Option<u64> {
-        self.core
-            .walk(lin, crate::mmu::Access::Read, Set::Supervisor)
-            .ok()
-            .map(|walk| walk.gpa)
+        self.core.walk(lin, crate::mmu::Access::Read, Set::Supervisor).ok().map(|walk| walk.gpa)
     }
 }
 
@@ -762,10 +725,7 @@ impl Core {
     /// RIP behind an instruction of the current block.
     #[inline]
     pub(crate) fn next_rip(&self, op: &Op) -> u64 {
-        self.wrap_rip(
-            self.block_rip
-                .wrapping_add(u64::from(op.off) + u64::from(op.len)),
-        )
+        self.wrap_rip(self.block_rip.wrapping_add(u64::from(op.off) + u64::from(op.len)))
     }
 
     /// Cuts an instruction pointer to the size of the code segment.
@@ -783,11 +743,7 @@ impl Core {
     /// Makes an exception of an address that is not canonical.
     fn resolve_canonical(&mut self, stack: bool) {
         if matches!(self.trap, Trap::NonCanonical(_)) {
-            self.trap = Trap::Exception(if stack {
-                Exception::Ss(0)
-            } else {
-                Exception::Gp(0)
-            });
+            self.trap = Trap::Exception(if stack { Exception::Ss(0) } else { Exception::Gp(0) });
         }
     }
 }

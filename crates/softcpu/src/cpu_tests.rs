@@ -30,12 +30,8 @@ impl Bus for Line {
 
 fn machine() -> Machine {
     let machine = Machine::new(Box::new(NoBus));
-    machine
-        .memory
-        .write(TABLES + 0x2000 + 8, &(TABLES + 0x4007).to_le_bytes());
-    machine
-        .memory
-        .write(TABLES + 0x4000, &(DEVICE | 7).to_le_bytes());
+    machine.memory.write(TABLES + 0x2000 + 8, &(TABLES + 0x4007).to_le_bytes());
+    machine.memory.write(TABLES + 0x4000, &(DEVICE | 7).to_le_bytes());
     machine
 }
 
@@ -43,17 +39,10 @@ fn machine() -> Machine {
 /// `HANDLER + 16 * vector`, where there is HLT.
 fn with_tables() -> Machine {
     let mut machine = machine();
-    let descriptors: [u64; 5] = [
-        0,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0x00cf_f300_0000_ffff,
-        0x00af_fb00_0000_ffff,
-    ];
+    let descriptors: [u64; 5] =
+        [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
     for (i, descriptor) in descriptors.iter().enumerate() {
-        machine
-            .memory
-            .write(GDT + 8 * i as u64, &descriptor.to_le_bytes());
+        machine.memory.write(GDT + 8 * i as u64, &descriptor.to_le_bytes());
     }
     for vector in 0..256u64 {
         let offset = HANDLER + 16 * vector;
@@ -66,41 +55,17 @@ fn with_tables() -> Machine {
     // No port bitmap.
     machine.memory.write(TSS + 102, &104u16.to_le_bytes());
     machine.cpu.update(|st| {
-        st.gdtr = crate::state::Table {
-            base: GDT,
-            limit: 39,
-        };
-        st.idtr = crate::state::Table {
-            base: IDT,
-            limit: 0xfff,
-        };
-        st.tr = Segment {
-            selector: 0x28,
-            base: TSS,
-            limit: 103,
-            access: 0x8b,
-            unusable: false,
-        };
+        st.gdtr = crate::state::Table { base: GDT, limit: 39 };
+        st.idtr = crate::state::Table { base: IDT, limit: 0xfff };
+        st.tr = Segment { selector: 0x28, base: TSS, limit: 103, access: 0x8b, unusable: false };
     });
     machine
 }
 
 /// Puts the CPU at CPL 3; code and stack are the user alias, 1 MiB up.
 fn user(st: &mut CpuState) {
-    st.segs[seg::CS] = Segment {
-        selector: 0x23,
-        base: 0,
-        limit: u32::MAX,
-        access: 0xa0fb,
-        unusable: false,
-    };
-    st.segs[seg::SS] = Segment {
-        selector: 0x1b,
-        base: 0,
-        limit: u32::MAX,
-        access: 0xc0f3,
-        unusable: false,
-    };
+    st.segs[seg::CS] = Segment { selector: 0x23, base: 0, limit: u32::MAX, access: 0xa0fb, unusable: false };
+    st.segs[seg::SS] = Segment { selector: 0x1b, base: 0, limit: u32::MAX, access: 0xc0f3, unusable: false };
     st.cpl = 3;
     st.rip = CODE + 0x10_0000;
     st.gpr[4] = STACK + 0x10_0000;
@@ -112,9 +77,7 @@ fn expect_vector(machine: &mut Machine, vector: u64, words: usize) -> Vec<u64> {
     let st = machine.run();
     assert_eq!(st.rip, HANDLER + 16 * vector + 1, "another vector");
     let sp = st.gpr[4];
-    (0..words as u64)
-        .map(|i| machine.memory.read_u64(sp + 8 * i))
-        .collect()
+    (0..words as u64).map(|i| machine.memory.read_u64(sp + 8 * i)).collect()
 }
 
 #[test]
@@ -122,17 +85,9 @@ fn a_device_read_exits_and_resumes() {
     let mut m = machine();
     // mov rbx, [DEVICE]; inc rbx
     m.code(&[0x48, 0x8b, 0x1c, 0x25, 0, 0, 0x20, 0, 0x48, 0xff, 0xc3]);
-    let exit = Exit::Mmio {
-        gpa: DEVICE,
-        size: 8,
-        write: false,
-    };
+    let exit = Exit::Mmio { gpa: DEVICE, size: 8, write: false };
     assert_eq!(m.cpu.run(100), exit);
-    assert_eq!(
-        m.cpu.state().rip,
-        CODE,
-        "registers show the state before the instruction"
-    );
+    assert_eq!(m.cpu.state().rip, CODE, "registers show the state before the instruction");
     assert_eq!(m.cpu.run(100), exit, "an unanswered read stays");
     assert!(!m.cpu.complete_read(&[1]), "the length counts");
     assert!(m.cpu.complete_read(&0x1122_3344_5566_7788u64.to_le_bytes()));
@@ -144,65 +99,25 @@ fn a_device_read_exits_and_resumes() {
 fn every_access_of_an_instruction_is_one_exit() {
     let mut m = machine();
     // add [DEVICE], eax; push qword [DEVICE + 8]; movsd
-    m.code(&[
-        0x01, 0x04, 0x25, 0, 0, 0x20, 0, 0xff, 0x34, 0x25, 8, 0, 0x20, 0, 0xa5,
-    ]);
+    m.code(&[0x01, 0x04, 0x25, 0, 0, 0x20, 0, 0xff, 0x34, 0x25, 8, 0, 0x20, 0, 0xa5]);
     m.cpu.update(|st| {
         st.gpr[0] = 5;
         st.gpr[6] = DEVICE + 0x100;
         st.gpr[7] = DEVICE + 0x200;
     });
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE,
-            size: 4,
-            write: false
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE, size: 4, write: false });
     assert!(m.cpu.complete_read(&7u32.to_le_bytes()));
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE,
-            size: 4,
-            write: true
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE, size: 4, write: true });
     assert_eq!(m.cpu.io_data(), 12u32.to_le_bytes());
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE + 8,
-            size: 8,
-            write: false
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE + 8, size: 8, write: false });
     assert!(m.cpu.complete_read(&99u64.to_le_bytes()));
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE + 0x100,
-            size: 4,
-            write: false
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE + 0x100, size: 4, write: false });
     assert_eq!(m.memory.read_u64(STACK - 8), 99, "the push is complete");
     assert!(m.cpu.complete_read(&0xabcdu32.to_le_bytes()));
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE + 0x200,
-            size: 4,
-            write: true
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE + 0x200, size: 4, write: true });
     assert_eq!(m.cpu.io_data(), 0xabcdu32.to_le_bytes());
     assert_eq!(m.cpu.quiesce(), None);
-    assert_eq!(
-        (m.cpu.state().gpr[6], m.cpu.state().gpr[7]),
-        (DEVICE + 0x104, DEVICE + 0x204)
-    );
+    assert_eq!((m.cpu.state().gpr[6], m.cpu.state().gpr[7]), (DEVICE + 0x104, DEVICE + 0x204));
     assert_eq!(m.cpu.run(100), Exit::Halted);
 }
 
@@ -217,26 +132,12 @@ fn repeated_port_input_is_one_exit_per_element() {
         st.gpr[7] = 0x5000;
     });
     for i in 0..3u16 {
-        assert_eq!(
-            m.cpu.run(100),
-            Exit::Io {
-                port: 0x1f0,
-                size: 2,
-                write: false
-            }
-        );
-        assert_eq!(
-            m.cpu.state().gpr[1],
-            u64::from(3 - i),
-            "elements before this one are committed"
-        );
+        assert_eq!(m.cpu.run(100), Exit::Io { port: 0x1f0, size: 2, write: false });
+        assert_eq!(m.cpu.state().gpr[1], u64::from(3 - i), "elements before this one are committed");
         assert!(m.cpu.complete_read(&(0x1000 + i).to_le_bytes()));
     }
     assert_eq!(m.cpu.run(100), Exit::Halted);
-    assert_eq!(
-        m.memory.read_u64(0x5000) & 0xffff_ffff_ffff,
-        0x1002_1001_1000
-    );
+    assert_eq!(m.memory.read_u64(0x5000) & 0xffff_ffff_ffff, 0x1002_1001_1000);
 }
 
 #[test]
@@ -245,27 +146,11 @@ fn a_misaligned_access_over_ram_and_device_touches_the_device_only_for_its_part(
     // The page before the device is RAM: user alias of physical 0xff000.
     m.memory.write(0xf_fffe, &[0xaa, 0xbb]);
     // mov eax, [DEVICE - 2]; mov [DEVICE - 2], ecx
-    m.code(&[
-        0x8b, 0x04, 0x25, 0xfe, 0xff, 0x1f, 0, 0x89, 0x0c, 0x25, 0xfe, 0xff, 0x1f, 0,
-    ]);
+    m.code(&[0x8b, 0x04, 0x25, 0xfe, 0xff, 0x1f, 0, 0x89, 0x0c, 0x25, 0xfe, 0xff, 0x1f, 0]);
     m.cpu.update(|st| st.gpr[1] = 0x4433_2211);
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE,
-            size: 2,
-            write: false
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE, size: 2, write: false });
     assert!(m.cpu.complete_read(&[0xcc, 0xdd]));
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE,
-            size: 2,
-            write: true
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE, size: 2, write: true });
     assert_eq!(m.cpu.io_data(), [0x33, 0x44]);
     assert_eq!(m.cpu.run(100), Exit::Halted);
     assert_eq!(m.cpu.state().gpr[0], 0xddcc_bbaa);
@@ -278,41 +163,15 @@ fn emulate_one_completes_an_access_that_a_hypervisor_handed_over() {
     m.cpu.update(|st| st.gpr[3] = DEVICE);
     // xchg [rbx], eax
     let bytes = [0x87, 0x03];
-    assert_eq!(
-        m.cpu.emulate_one(&bytes),
-        Emulated::Pending(Exit::Mmio {
-            gpa: DEVICE,
-            size: 4,
-            write: false
-        })
-    );
+    assert_eq!(m.cpu.emulate_one(&bytes), Emulated::Pending(Exit::Mmio { gpa: DEVICE, size: 4, write: false }));
     assert!(m.cpu.complete_read(&[1, 2, 3, 4]));
-    assert_eq!(
-        m.cpu.emulate_one(&bytes),
-        Emulated::Pending(Exit::Mmio {
-            gpa: DEVICE,
-            size: 4,
-            write: true
-        })
-    );
+    assert_eq!(m.cpu.emulate_one(&bytes), Emulated::Pending(Exit::Mmio { gpa: DEVICE, size: 4, write: true }));
     assert_eq!(m.cpu.emulate_one(&bytes), Emulated::Done);
-    assert_eq!(
-        (m.cpu.state().gpr[0], m.cpu.state().rip),
-        (0x0403_0201, CODE + 2)
-    );
+    assert_eq!((m.cpu.state().gpr[0], m.cpu.state().rip), (0x0403_0201, CODE + 2));
     // ud2; mov eax, [unmapped]
-    assert_eq!(
-        m.cpu.emulate_one(&[0x0f, 0x0b]),
-        Emulated::Exception(Exception::Ud)
-    );
+    assert_eq!(m.cpu.emulate_one(&[0x0f, 0x0b]), Emulated::Exception(Exception::Ud));
     let fault = m.cpu.emulate_one(&[0x8b, 0x04, 0x25, 0, 0, 0x40, 0]);
-    assert_eq!(
-        fault,
-        Emulated::Exception(Exception::Pf {
-            addr: 0x40_0000,
-            code: 0
-        })
-    );
+    assert_eq!(fault, Emulated::Exception(Exception::Pf { addr: 0x40_0000, code: 0 }));
 }
 
 #[test]
@@ -334,13 +193,9 @@ fn faults_push_what_the_manual_says() {
     assert_eq!(expect_vector(&mut m, 14, 2), [0, CODE]);
     assert_eq!(m.cpu.state().cr2, 0x40_1234);
     // An address that is not canonical: through DS #GP, through SS #SS. mov rax, [rbx] and mov rax, [rbp]
-    for (code, vector) in [
-        ([0x48, 0x8b, 0x03, 0x90], 13),
-        ([0x48, 0x8b, 0x45, 0x00], 12),
-    ] {
+    for (code, vector) in [([0x48, 0x8b, 0x03, 0x90], 13), ([0x48, 0x8b, 0x45, 0x00], 12)] {
         let mut m = with_tables();
-        m.cpu
-            .update(|st| (st.gpr[3], st.gpr[5]) = (1 << 50, 1 << 50));
+        m.cpu.update(|st| (st.gpr[3], st.gpr[5]) = (1 << 50, 1 << 50));
         m.code(&code);
         assert_eq!(expect_vector(&mut m, vector, 2), [0, CODE]);
     }
@@ -359,11 +214,7 @@ fn user_mode_is_kept_out() {
     let frame = expect_vector(&mut m, 14, 6);
     assert_eq!(frame[..3], [5, CODE + 0x10_0000, 0x23]);
     assert_eq!(frame[4..], [STACK + 0x10_0000, 0x1b]);
-    assert_eq!(
-        m.cpu.state().gpr[4],
-        0x7000 - 48,
-        "the stack of ring 0 comes from the TSS"
-    );
+    assert_eq!(m.cpu.state().gpr[4], 0x7000 - 48, "the stack of ring 0 comes from the TSS");
     assert_eq!(m.cpu.state().cpl, 0);
     // hlt, in al, cli, mov cr3, lgdt, wrmsr: #GP(0)
     let forbidden: [&[u8]; 6] = [
@@ -396,13 +247,9 @@ fn syscall_and_sysret_there_and_back() {
     // syscall; mov eax, [0x5000] (which faults)
     m.code(&[0x0f, 0x05, 0x8b, 0x04, 0x25, 0, 0x50, 0, 0]);
     // inc rdx; sysretq
-    m.memory
-        .write(HANDLER, &[0x48, 0xff, 0xc2, 0x48, 0x0f, 0x07]);
+    m.memory.write(HANDLER, &[0x48, 0xff, 0xc2, 0x48, 0x0f, 0x07]);
     let frame = expect_vector(&mut m, 14, 6);
-    assert_eq!(
-        (frame[1], frame[2], frame[5]),
-        (CODE + 0x10_0002, 0x23, 0x1b)
-    );
+    assert_eq!((frame[1], frame[2], frame[5]), (CODE + 0x10_0002, 0x23, 0x1b));
     assert_eq!(frame[3] & rflags::IF, rflags::IF);
     assert_eq!(m.cpu.state().gpr[2], 1);
 }
@@ -412,34 +259,20 @@ fn write_protection_nx_smep_and_smap() {
     // A read-only page: CR0.WP decides for the supervisor.
     for (wp, faults) in [(true, true), (false, false)] {
         let mut m = with_tables();
-        m.memory
-            .write(TABLES + 0x3000 + 8 * 5, &0x5001u64.to_le_bytes());
-        m.cpu.update(|st| {
-            st.cr0 = if wp {
-                st.cr0 | cr0::WP
-            } else {
-                st.cr0 & !cr0::WP
-            }
-        });
+        m.memory.write(TABLES + 0x3000 + 8 * 5, &0x5001u64.to_le_bytes());
+        m.cpu.update(|st| st.cr0 = if wp { st.cr0 | cr0::WP } else { st.cr0 & !cr0::WP });
         // mov [0x5000], eax
         m.code(&[0x89, 0x04, 0x25, 0, 0x50, 0, 0]);
         if faults {
             assert_eq!(expect_vector(&mut m, 14, 2), [3, CODE]);
         } else {
             m.run();
-            assert_eq!(
-                m.memory.read_u64(TABLES + 0x3000 + 8 * 5) & 0x60,
-                0x60,
-                "accessed and dirty"
-            );
+            assert_eq!(m.memory.read_u64(TABLES + 0x3000 + 8 * 5) & 0x60, 0x60, "accessed and dirty");
         }
     }
     // NX: jump to a page that may not be executed.
     let mut m = with_tables();
-    m.memory.write(
-        TABLES + 0x3000 + 8 * 5,
-        &(1u64 << 63 | 0x5003).to_le_bytes(),
-    );
+    m.memory.write(TABLES + 0x3000 + 8 * 5, &(1u64 << 63 | 0x5003).to_le_bytes());
     m.cpu.update(|st| st.gpr[0] = 0x5000);
     m.code(&[0xff, 0xe0]);
     assert_eq!(expect_vector(&mut m, 14, 2), [0x11, 0x5000]);
@@ -455,16 +288,12 @@ fn write_protection_nx_smep_and_smap() {
     m.cpu.update(|st| st.cr4 |= crate::state::cr4::SMAP);
     // stac; mov eax, [0x105000]; clac; mov eax, [0x105000]
     m.code(&[
-        0x0f, 0x01, 0xcb, 0x8b, 0x04, 0x25, 0, 0x50, 0x10, 0, 0x0f, 0x01, 0xca, 0x8b, 0x04, 0x25,
-        0, 0x50, 0x10, 0,
+        0x0f, 0x01, 0xcb, 0x8b, 0x04, 0x25, 0, 0x50, 0x10, 0, 0x0f, 0x01, 0xca, 0x8b, 0x04, 0x25, 0, 0x50, 0x10, 0,
     ]);
     assert_eq!(expect_vector(&mut m, 14, 2), [1, CODE + 13]);
     // A reserved bit.
     let mut m = with_tables();
-    m.memory.write(
-        TABLES + 0x3000 + 8 * 5,
-        &(1u64 << 51 | 0x5003).to_le_bytes(),
-    );
+    m.memory.write(TABLES + 0x3000 + 8 * 5, &(1u64 << 51 | 0x5003).to_le_bytes());
     m.code(&[0x8b, 0x04, 0x25, 0, 0x50, 0, 0]);
     assert_eq!(expect_vector(&mut m, 14, 2), [9, CODE]);
 }
@@ -481,11 +310,7 @@ fn double_and_triple_faults() {
     m.cpu.update(|st| st.idtr.limit = 0);
     m.code(&[0x0f, 0x0b]);
     assert_eq!(m.cpu.run(100), Exit::Shutdown);
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Shutdown,
-        "nothing but a reset ends it"
-    );
+    assert_eq!(m.cpu.run(100), Exit::Shutdown, "nothing but a reset ends it");
 }
 
 #[test]
@@ -497,11 +322,7 @@ fn code_that_changes_itself_is_seen_at_once() {
     // A loop that increments the immediate of an instruction it runs each time.
     // mov ecx, 100; l: mov al, 0; inc byte [rip - 7 - ...]; loop l
     let mut m = machine();
-    let st = m
-        .code(&[
-            0xb9, 100, 0, 0, 0, 0xb0, 0, 0xfe, 0x05, 0xf9, 0xff, 0xff, 0xff, 0xe2, 0xf6,
-        ])
-        .run();
+    let st = m.code(&[0xb9, 100, 0, 0, 0, 0xb0, 0, 0xfe, 0x05, 0xf9, 0xff, 0xff, 0xff, 0xe2, 0xf6]).run();
     assert_eq!((st.gpr[0] & 0xff, st.gpr[1]), (99, 0));
 }
 
@@ -510,8 +331,7 @@ fn host_writes_to_code_are_seen_after_they_are_announced() {
     let mut m = machine();
     m.code(&[0xb0, 1]).run();
     m.code(&[0xb0, 2]);
-    m.cpu
-        .update(|st| (st.rip, st.events.halted) = (CODE, false));
+    m.cpu.update(|st| (st.rip, st.events.halted) = (CODE, false));
     assert_eq!(m.run().gpr[0], 2);
 }
 
@@ -536,22 +356,11 @@ fn a_kick_in_the_middle_of_an_instruction_is_not_lost() {
     let mut m = machine();
     // mov al, [DEVICE]; jmp $
     m.code(&[0x8a, 0x04, 0x25, 0, 0, 0x20, 0, 0xeb, 0xfe]);
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Mmio {
-            gpa: DEVICE,
-            size: 1,
-            write: false
-        }
-    );
+    assert_eq!(m.cpu.run(100), Exit::Mmio { gpa: DEVICE, size: 1, write: false });
     m.cpu.kick_handle().kick();
     assert!(m.cpu.complete_read(&[7]));
     assert_eq!(m.cpu.run(100), Exit::Kicked);
-    assert_eq!(
-        m.cpu.state().rip,
-        CODE + 7,
-        "the instruction was finished first"
-    );
+    assert_eq!(m.cpu.state().rip, CODE + 7, "the instruction was finished first");
 }
 
 #[test]
@@ -559,22 +368,13 @@ fn interrupts_wait_for_the_shadow_of_sti() {
     let mut m = with_tables();
     m.cpu = {
         let state = m.cpu.state().clone();
-        let mut cpu = Cpu::new(
-            0,
-            Config::default(),
-            m.ram.clone(),
-            Box::new(Line(Some(0x30))),
-        );
+        let mut cpu = Cpu::new(0, Config::default(), m.ram.clone(), Box::new(Line(Some(0x30))));
         cpu.update(|st| *st = state);
         cpu
     };
     // nop; sti; nop; nop
     m.code(&[0x90, 0xfb, 0x90, 0x90]);
-    assert_eq!(
-        expect_vector(&mut m, 0x30, 1),
-        [CODE + 3],
-        "after the instruction behind STI"
-    );
+    assert_eq!(expect_vector(&mut m, 0x30, 1), [CODE + 3], "after the instruction behind STI");
     // What the owner injects was accepted before: it is delivered at once.
     let mut m = with_tables();
     m.code(&[0x90]);
@@ -625,25 +425,14 @@ fn single_step_and_breakpoints() {
     let mut m = with_tables();
     // mov [0x5002], al; nop
     m.code(&[0x88, 0x04, 0x25, 2, 0x50, 0, 0, 0x90]);
-    m.cpu
-        .update(|st| (st.dr[1], st.dr7) = (0x5000, 0x404 | 0xd << 20));
+    m.cpu.update(|st| (st.dr[1], st.dr7) = (0x5000, 0x404 | 0xd << 20));
     assert_eq!(expect_vector(&mut m, 1, 1), [CODE + 7]);
     assert_eq!(m.cpu.state().dr6 & 0xf, 2);
     // The owner's: INT3 and steps are exits.
     let mut m = machine();
     m.code(&[0x90, 0xcc]);
-    m.cpu.set_guest_debug(GuestDebug {
-        software_breakpoints: true,
-        single_step: true,
-        ..GuestDebug::default()
-    });
-    assert_eq!(
-        m.cpu.run(100),
-        Exit::Debug {
-            vector: 1,
-            dr6: 0x4000
-        }
-    );
+    m.cpu.set_guest_debug(GuestDebug { software_breakpoints: true, single_step: true, ..GuestDebug::default() });
+    assert_eq!(m.cpu.run(100), Exit::Debug { vector: 1, dr6: 0x4000 });
     assert_eq!(m.cpu.run(100), Exit::Debug { vector: 3, dr6: 0 });
     assert_eq!(m.cpu.state().rip, CODE + 1);
 }
@@ -658,15 +447,11 @@ fn string_instructions_move_pages_and_single_elements() {
     let st = m
         .code(&[0xf3, 0xa4])
         .tap(|m| {
-            m.cpu
-                .update(|st| (st.gpr[1], st.gpr[6], st.gpr[7]) = (0x2ffd, 0x1_0003, 0x2_0001));
+            m.cpu.update(|st| (st.gpr[1], st.gpr[6], st.gpr[7]) = (0x2ffd, 0x1_0003, 0x2_0001));
         })
         .run();
     assert_eq!((st.gpr[1], st.gpr[6], st.gpr[7]), (0, 0x1_3000, 0x2_2ffe));
-    assert_eq!(
-        m.memory.read::<0x2ffd>(0x2_0001),
-        m.memory.read::<0x2ffd>(0x1_0003)
-    );
+    assert_eq!(m.memory.read::<0x2ffd>(0x2_0001), m.memory.read::<0x2ffd>(0x1_0003));
     // An overlapping forward copy repeats its start; backwards it does not.
     let st = run(&[0xf3, 0xa4, 0x8b, 0x04, 0x25, 0, 0x50, 0, 0], |st| {
         (st.gpr[1], st.gpr[6], st.gpr[7]) = (0x10, 0x5000, 0x5001);
@@ -677,15 +462,9 @@ fn string_instructions_move_pages_and_single_elements() {
     m.memory.write(0x5000, b"hello");
     let st = m
         .code(&[0xf2, 0xae])
-        .tap(|m| {
-            m.cpu
-                .update(|st| (st.gpr[0], st.gpr[1], st.gpr[7]) = (u64::from(b'l'), 10, 0x5000))
-        })
+        .tap(|m| m.cpu.update(|st| (st.gpr[0], st.gpr[1], st.gpr[7]) = (u64::from(b'l'), 10, 0x5000)))
         .run();
-    assert_eq!(
-        (st.gpr[1], st.gpr[7], st.rflags & rflags::ZF),
-        (7, 0x5003, rflags::ZF)
-    );
+    assert_eq!((st.gpr[1], st.gpr[7], st.rflags & rflags::ZF), (7, 0x5003, rflags::ZF));
 }
 
 impl Machine {
@@ -700,10 +479,8 @@ impl Machine {
 fn a_string_instruction_stops_at_the_fault_with_exact_registers() {
     let mut m = with_tables();
     // rep stosq up to and into the absent page at 0x400000: map only the page before it.
-    m.memory
-        .write(TABLES + 0x4000 + 8 * 511, &0x5003u64.to_le_bytes());
-    m.cpu
-        .update(|st| (st.gpr[0], st.gpr[1], st.gpr[7]) = (0x55, 100, 0x3f_ffe0));
+    m.memory.write(TABLES + 0x4000 + 8 * 511, &0x5003u64.to_le_bytes());
+    m.cpu.update(|st| (st.gpr[0], st.gpr[1], st.gpr[7]) = (0x55, 100, 0x3f_ffe0));
     m.code(&[0xf3, 0x48, 0xab]);
     let frame = expect_vector(&mut m, 14, 2);
     assert_eq!(frame, [2, CODE]);
@@ -723,10 +500,7 @@ fn real_mode_interrupts_and_far_jumps() {
     // int 0x21; mov ax, cs; hlt
     m.memory.write(CODE + 0x10, &[0xcd, 0x21, 0x8c, 0xc8, 0xf4]);
     let st = m.run();
-    assert_eq!(
-        (st.gpr[3] & 0xffff, st.gpr[0] & 0xffff, st.gpr[4]),
-        (1, 0x100, STACK)
-    );
+    assert_eq!((st.gpr[3] & 0xffff, st.gpr[0] & 0xffff, st.gpr[4]), (1, 0x100, STACK));
 }
 
 #[test]
@@ -753,12 +527,7 @@ fn from_real_to_long_mode() {
     assert_eq!(TABLES, 0xf_0000);
     m.memory.write(CODE, code);
     // mov rax, 0x1122334455667788; hlt
-    m.memory.write(
-        0x6000,
-        &[
-            0x48, 0xb8, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0xf4,
-        ],
-    );
+    m.memory.write(0x6000, &[0x48, 0xb8, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0xf4]);
     let st = m.run();
     assert_eq!(st.gpr[0], 0x1122_3344_5566_7788);
     assert_eq!(st.msr.efer & efer::LMA, efer::LMA);
@@ -768,18 +537,10 @@ fn from_real_to_long_mode() {
 fn two_cpus_add_with_locks() {
     let m = machine();
     // mov ecx, 50000; l: lock inc dword [0x5000]; loop l; hlt
-    m.memory.write(
-        CODE,
-        &[
-            0xb9, 0x50, 0xc3, 0, 0, 0xf0, 0xff, 0x04, 0x25, 0, 0x50, 0, 0, 0xe2, 0xf6, 0xf4,
-        ],
-    );
+    m.memory.write(CODE, &[0xb9, 0x50, 0xc3, 0, 0, 0xf0, 0xff, 0x04, 0x25, 0, 0x50, 0, 0, 0xe2, 0xf6, 0xf4]);
     let threads: Vec<_> = (0..2)
         .map(|id| {
-            let config = Config {
-                tsc: TscMode::Instructions(1),
-                ..Config::default()
-            };
+            let config = Config { tsc: TscMode::Instructions(1), ..Config::default() };
             let mut cpu = Cpu::new(id, config, m.ram.clone(), Box::new(NoBus));
             let state = m.cpu.state().clone();
             cpu.update(|st| *st = state);
@@ -800,8 +561,7 @@ fn another_cpu_changes_code_that_this_one_runs() {
     let mut writer = Cpu::new(1, Config::default(), m.ram.clone(), Box::new(NoBus));
     let state = m.cpu.state().clone();
     // mov byte [CODE + 1], 2; hlt
-    m.memory
-        .write(0x6000, &[0xc6, 0x04, 0x25, 1, 0x10, 0, 0, 2, 0xf4]);
+    m.memory.write(0x6000, &[0xc6, 0x04, 0x25, 1, 0x10, 0, 0, 2, 0xf4]);
     writer.update(|st| {
         *st = state;
         st.rip = 0x6000;
@@ -846,8 +606,7 @@ fn memory_can_go_away() {
     // mov eax, [0x5000]
     m.code(&[0x8b, 0x04, 0x25, 0, 0x50, 0, 0]).run();
     m.ram.unmap(0).expect("mapped");
-    m.cpu
-        .update(|st| (st.rip, st.events.halted) = (CODE, false));
+    m.cpu.update(|st| (st.rip, st.events.halted) = (CODE, false));
     // Page tables read as all ones: reserved bits, then no handler.
     assert_eq!(m.cpu.run(100), Exit::Shutdown);
 }
@@ -856,10 +615,7 @@ fn memory_can_go_away() {
 fn masked_features_do_not_exist() {
     let mut m = with_tables();
     let mut entries = m.cpu.cpuid().to_vec();
-    entries
-        .iter_mut()
-        .filter(|e| e.leaf == 1)
-        .for_each(|e| e.ecx &= !(1 << 23));
+    entries.iter_mut().filter(|e| e.leaf == 1).for_each(|e| e.ecx &= !(1 << 23));
     m.cpu.set_cpuid(&entries);
     // popcnt eax, ecx
     m.code(&[0xf3, 0x0f, 0xb8, 0xc1]);
@@ -882,8 +638,7 @@ fn bad_control_values_fault() {
     ];
     for (code, rax, rcx, rdx) in cases {
         let mut m = with_tables();
-        m.cpu
-            .update(|st| (st.gpr[0], st.gpr[1], st.gpr[2]) = (rax, rcx, rdx));
+        m.cpu.update(|st| (st.gpr[0], st.gpr[1], st.gpr[2]) = (rax, rcx, rdx));
         m.code(code);
         assert_eq!(expect_vector(&mut m, 13, 2), [0, CODE], "{code:02x?}");
     }
@@ -906,9 +661,7 @@ fn compatibility_mode_uses_32_bits() {
 fn random_bytes_never_panic() {
     let mut seed = 1u64;
     let mut next = || {
-        seed = seed
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) as u32
     };
     for round in 0..300 {
@@ -924,12 +677,7 @@ fn random_bytes_never_panic() {
         }
         for _ in 0..20 {
             match m.cpu.run(200) {
-                Exit::Mmio {
-                    size, write: false, ..
-                }
-                | Exit::Io {
-                    size, write: false, ..
-                } => {
+                Exit::Mmio { size, write: false, .. } | Exit::Io { size, write: false, .. } => {
                     assert!(m.cpu.complete_read(&vec![0xa5; usize::from(size)]));
                 }
                 Exit::Halted | Exit::Shutdown => {

@@ -106,8 +106,7 @@ mod leaf7 {
     pub(super) const CLWB: u32 = 1 << 24;
     pub(super) const SHA: u32 = 1 << 29;
     /// FDP only changes on unmasked exceptions is not claimed; FCS and FDS are not deprecated.
-    pub(super) const EBX: u32 =
-        FSGSBASE | TSC_ADJUST | SMEP | ERMS | RDSEED | SMAP | CLFLUSHOPT | CLWB | SHA;
+    pub(super) const EBX: u32 = FSGSBASE | TSC_ADJUST | SMEP | ERMS | RDSEED | SMAP | CLFLUSHOPT | CLWB | SHA;
     pub(super) const UMIP: u32 = 1 << 2;
     pub(super) const RDPID: u32 = 1 << 22;
     pub(super) const ECX: u32 = UMIP | RDPID;
@@ -177,14 +176,7 @@ impl Feature {
 
 /// Four registers of text.
 fn text(entry: &mut CpuidEntry, bytes: &[u8; 16]) {
-    let word = |i: usize| {
-        u32::from_le_bytes([
-            bytes[4 * i],
-            bytes[4 * i + 1],
-            bytes[4 * i + 2],
-            bytes[4 * i + 3],
-        ])
-    };
+    let word = |i: usize| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]);
     (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
 }
 
@@ -193,36 +185,15 @@ pub(crate) const APIC_BIT: u32 = leaf1d::APIC;
 
 /// Everything this CPU can do, for the CPU with APIC id `id`, with a TSC of `tsc_hz`.
 pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
-    let entry = |leaf, subleaf, eax, ebx, ecx, edx| CpuidEntry {
-        leaf,
-        subleaf,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    };
+    let entry = |leaf, subleaf, eax, ebx, ecx, edx| CpuidEntry { leaf, subleaf, eax, ebx, ecx, edx };
     let vendor = |leaf, eax| {
-        entry(
-            leaf,
-            0,
-            eax,
-            u32::from_le_bytes(*b"Genu"),
-            u32::from_le_bytes(*b"ntel"),
-            u32::from_le_bytes(*b"ineI"),
-        )
+        entry(leaf, 0, eax, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI"))
     };
     let khz = (tsc_hz / 1000).min(u64::from(u32::MAX)) as u32;
     let mut entries = vec![
         vendor(0, 0x16),
         // Family 6, model 26, stepping 3: the oldest model with this instruction set (x86-64-v2).
-        entry(
-            1,
-            0,
-            0x0001_06a3,
-            (id & 0xff) << 24 | 1 << 16 | 8 << 8,
-            leaf1c::ALL,
-            leaf1d::ALL,
-        ),
+        entry(1, 0, 0x0001_06a3, (id & 0xff) << 24 | 1 << 16 | 8 << 8, leaf1c::ALL, leaf1d::ALL),
         // Cache and TLB: see leaf 4.
         entry(2, 0, 0x00ff_ff01, 0, 0, 0),
         // 32 KiB, 8 ways, 64 bytes: data, then instructions; 2 MiB second level.
@@ -256,10 +227,7 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
         let rest = &brand[(16 * i).min(brand.len())..];
         let n = rest.len().min(16);
         part[..n].copy_from_slice(&rest[..n]);
-        if let Some(entry) = entries
-            .iter_mut()
-            .find(|e| e.leaf == 0x8000_0002 + i as u32)
-        {
+        if let Some(entry) = entries.iter_mut().find(|e| e.leaf == 0x8000_0002 + i as u32) {
             text(entry, &part);
         }
     }
@@ -268,10 +236,7 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
 
 impl CpuidPolicy {
     pub(crate) fn new(id: u32, tsc_hz: u64) -> Self {
-        let mut policy = CpuidPolicy {
-            entries: supported(id, tsc_hz),
-            features: [0; 7],
-        };
+        let mut policy = CpuidPolicy { entries: supported(id, tsc_hz), features: [0; 7] };
         policy.index();
         policy
     }
@@ -280,9 +245,7 @@ impl CpuidPolicy {
         let one = self.lookup(1, 0);
         let seven = self.lookup(7, 0);
         let ext = self.lookup(0x8000_0001, 0);
-        self.features = [
-            one.ecx, one.edx, seven.ebx, seven.ecx, seven.edx, ext.ecx, ext.edx,
-        ];
+        self.features = [one.ecx, one.edx, seven.ebx, seven.ecx, seven.edx, ext.ecx, ext.edx];
     }
 
     /// Replaces the answers; bits of features that are not implemented are cleared.
@@ -330,12 +293,7 @@ impl CpuidPolicy {
             let indexed = matches!(leaf, 4 | 7 | 0xb | 0xd | 0x14 | 0x1f);
             of_leaf.find(|e| !indexed || e.subleaf == subleaf).copied()
         };
-        let top = |base: u32| {
-            self.entries
-                .iter()
-                .find(|e| e.leaf == base)
-                .map_or(base, |e| e.eax)
-        };
+        let top = |base: u32| self.entries.iter().find(|e| e.leaf == base).map_or(base, |e| e.eax);
         let beyond = if leaf >= 0x8000_0000 {
             leaf > top(0x8000_0000)
         } else if (0x4000_0000..0x5000_0000).contains(&leaf) {
@@ -348,11 +306,7 @@ impl CpuidPolicy {
         if leaf == 0xb && entry.leaf == 0 {
             // Past the last level: the subleaf is echoed, the x2APIC id stays.
             entry.ecx = subleaf & 0xff;
-            entry.edx = self
-                .entries
-                .iter()
-                .find(|e| e.leaf == 0xb)
-                .map_or(0, |e| e.edx);
+            entry.edx = self.entries.iter().find(|e| e.leaf == 0xb).map_or(0, |e| e.edx);
         }
         entry
     }

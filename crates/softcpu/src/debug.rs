@@ -6,11 +6,7 @@ use crate::state::rflags;
 impl Core {
     /// DR7 and the addresses in force: the owner's if it debugs the guest.
     fn breakpoints(&self) -> (u64, [u64; 4]) {
-        if self.debug.hardware_breakpoints {
-            (self.debug.dr7, self.debug.dr)
-        } else {
-            (self.st.dr7, self.st.dr)
-        }
+        if self.debug.hardware_breakpoints { (self.debug.dr7, self.debug.dr) } else { (self.st.dr7, self.st.dr) }
     }
 
     /// DR6 bits of the instruction breakpoints at `rip`; RF suppresses them.
@@ -19,11 +15,8 @@ impl Core {
         if self.st.rflags & rflags::RF != 0 && !self.debug.hardware_breakpoints || dr7 & 0xff == 0 {
             return None;
         }
-        let lin = if self.code64() {
-            rip
-        } else {
-            self.st.segs[crate::state::seg::CS].base.wrapping_add(rip) & 0xffff_ffff
-        };
+        let lin =
+            if self.code64() { rip } else { self.st.segs[crate::state::seg::CS].base.wrapping_add(rip) & 0xffff_ffff };
         let hits = (0..4)
             .filter(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 == 0 && dr[*i] == lin)
             .fold(0, |hits, i| hits | 1 << i);
@@ -60,11 +53,7 @@ impl Core {
             let size = [1, 2, 8, 4][(control >> 2 & 3) as usize];
             let start = address & !(size - 1);
             let port = u64::from(port);
-            if dr7 >> (2 * i) & 3 != 0
-                && control & 3 == 2
-                && port < start + size
-                && start < port + len
-            {
+            if dr7 >> (2 * i) & 3 != 0 && control & 3 == 2 && port < start + size && start < port + len {
                 self.watch_hits |= 1 << i;
             }
         }

@@ -8,8 +8,7 @@ use crate::exception::Exception;
 use crate::exec::{self, Exec, FAMILIES, Handler, Leave, Need, Op};
 
 /// F3 0F BC and BD are BSF and BSR, WBINVD has no F3 form: BMI1, LZCNT and WBNOINVD are not offered.
-const OPTIONS: u32 =
-    DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
+const OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
 /// Longest block in instructions.
 const MAX_INSNS: usize = 48;
 
@@ -104,10 +103,7 @@ fn ends_block(insn: &Instruction) -> bool {
                 | Mnemonic::Cpuid
                 | Mnemonic::Xsetbv
         )
-        || matches!(
-            insn.code(),
-            Code::Mov_cr_r32 | Code::Mov_cr_r64 | Code::Mov_dr_r32 | Code::Mov_dr_r64
-        )
+        || matches!(insn.code(), Code::Mov_cr_r32 | Code::Mov_cr_r64 | Code::Mov_dr_r32 | Code::Mov_dr_r64)
 }
 
 /// One decoded instruction on its own; `None` if the bytes end before it does.
@@ -151,27 +147,19 @@ pub(crate) fn block(core: &Core, rip: u64, bytes: &[u8]) -> Option<Decoded> {
     let mut at = 0;
     while at < insns.len() {
         let insn = &insns[at];
-        if at + 2 == insns.len()
-            && let Some(op) = exec::fuse(core.mode, insn, &insns[at + 1], offset(insn))
-        {
-            // Two instructions in one record, always the last.
-            ops.push(op);
-            break;
+        if at + 2 == insns.len() {
+            if let Some(op) = exec::fuse(core.mode, insn, &insns[at + 1], offset(insn)) {
+                // Two instructions in one record, always the last.
+                ops.push(op);
+                break;
+            }
         }
         ops.push(lower(core, insn, offset(insn)));
         at += 1;
     }
     let len = insns.iter().map(Instruction::len).sum();
     if last.flow_control() == FlowControl::Next {
-        ops.push(Op {
-            off: len as u8,
-            ..Op::nothing(fall)
-        });
+        ops.push(Op { off: len as u8, ..Op::nothing(fall) });
     }
-    Some(Decoded {
-        ops,
-        count: insns.len() as u32,
-        targets: targets(core.mode, &last),
-        len,
-    })
+    Some(Decoded { ops, count: insns.len() as u32, targets: targets(core.mode, &last), len })
 }

@@ -74,10 +74,9 @@ impl Exception {
     pub fn error_code(self) -> Option<u32> {
         match self {
             Exception::Df | Exception::Ac => Some(0),
-            Exception::Ts(code)
-            | Exception::Np(code)
-            | Exception::Ss(code)
-            | Exception::Gp(code) => Some(u32::from(code)),
+            Exception::Ts(code) | Exception::Np(code) | Exception::Ss(code) | Exception::Gp(code) => {
+                Some(u32::from(code))
+            }
             Exception::Pf { code, .. } => Some(code),
             _ => None,
         }
@@ -104,8 +103,8 @@ impl Exception {
 impl fmt::Display for Exception {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const NAMES: [&str; 20] = [
-            "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "#9", "#TS", "#NP",
-            "#SS", "#GP", "#PF", "#15", "#MF", "#AC", "#MC", "#XM",
+            "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "#9", "#TS", "#NP", "#SS", "#GP", "#PF",
+            "#15", "#MF", "#AC", "#MC", "#XM",
         ];
         f.write_str(NAMES[usize::from(self.vector())])?;
         if let Some(code) = self.error_code() {
@@ -128,10 +127,7 @@ mod tests {
         assert!(Exception::Gp(0).doubles(11));
         assert!(pf.doubles(14));
         assert!(Exception::Np(8).doubles(14));
-        assert!(
-            !pf.doubles(13),
-            "a page fault while a contributory fault is delivered is served first"
-        );
+        assert!(!pf.doubles(13), "a page fault while a contributory fault is delivered is served first");
         assert!(!Exception::Ud.doubles(13));
         assert!(!Exception::Gp(0).doubles(3));
     }

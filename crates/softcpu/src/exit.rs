@@ -61,10 +61,6 @@ pub struct GuestDebug {
 impl GuestDebug {
     /// DR7 in force, if the owner's.
     pub(crate) fn dr7(&self) -> u64 {
-        if self.hardware_breakpoints {
-            self.dr7
-        } else {
-            0
-        }
+        if self.hardware_breakpoints { self.dr7 } else { 0 }
     }
 }

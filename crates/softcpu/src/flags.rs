@@ -43,12 +43,7 @@ fn parity(r: u64) -> bool {
 impl Flags {
     /// The given RFLAGS bits.
     pub(crate) fn from_bits(bits: u64) -> Self {
-        Flags {
-            kind: kind::EAGER,
-            aux: (bits & ARITH) as u32,
-            a: 0,
-            r: 0,
-        }
+        Flags { kind: kind::EAGER, aux: (bits & ARITH) as u32, a: 0, r: 0 }
     }
 
     /// How far left a value moves so that its sign is bit 63.
@@ -139,31 +134,19 @@ impl Flags {
     /// ZF.
     #[inline]
     pub(crate) fn zf(&self) -> bool {
-        if self.class() == kind::EAGER {
-            self.eager(ZF)
-        } else {
-            self.r == 0
-        }
+        if self.class() == kind::EAGER { self.eager(ZF) } else { self.r == 0 }
     }
 
     /// SF.
     #[inline]
     pub(crate) fn sf(&self) -> bool {
-        if self.class() == kind::EAGER {
-            self.eager(SF)
-        } else {
-            (self.r << self.shift()) as i64 >> 63 != 0
-        }
+        if self.class() == kind::EAGER { self.eager(SF) } else { (self.r << self.shift()) as i64 >> 63 != 0 }
     }
 
     /// PF.
     #[inline]
     pub(crate) fn pf(&self) -> bool {
-        if self.class() == kind::EAGER {
-            self.eager(PF)
-        } else {
-            parity(self.r)
-        }
+        if self.class() == kind::EAGER { self.eager(PF) } else { parity(self.r) }
     }
 
     /// All six, as RFLAGS bits.
@@ -207,13 +190,7 @@ mod tests {
     use super::*;
 
     fn flags(kind: u32, size: u32, a: u64, r: u64, aux: u32) -> u64 {
-        Flags {
-            kind: kind | size,
-            aux,
-            a,
-            r,
-        }
-        .bits()
+        Flags { kind: kind | size, aux, a, r }.bits()
     }
 
     #[test]
@@ -230,32 +207,15 @@ mod tests {
                     };
                     let sum = a + b + carry;
                     let wide = i64::from(a as i8) + i64::from(b as i8) + carry as i64;
-                    let expect =
-                        common(sum) | bit(sum > 255, CF) | bit(wide != i64::from(wide as i8), OF);
-                    assert_eq!(
-                        flags(kind::ADC, 0, a, sum & 0xff, carry as u32),
-                        expect,
-                        "{a} + {b} + {carry}"
-                    );
+                    let expect = common(sum) | bit(sum > 255, CF) | bit(wide != i64::from(wide as i8), OF);
+                    assert_eq!(flags(kind::ADC, 0, a, sum & 0xff, carry as u32), expect, "{a} + {b} + {carry}");
                     let dif = a.wrapping_sub(b).wrapping_sub(carry);
                     let wide = i64::from(a as i8) - i64::from(b as i8) - carry as i64;
-                    let expect = common(dif)
-                        | bit(a < b + carry, CF)
-                        | bit(wide != i64::from(wide as i8), OF);
-                    assert_eq!(
-                        flags(kind::SBB, 0, a, dif & 0xff, carry as u32),
-                        expect,
-                        "{a} - {b} - {carry}"
-                    );
+                    let expect = common(dif) | bit(a < b + carry, CF) | bit(wide != i64::from(wide as i8), OF);
+                    assert_eq!(flags(kind::SBB, 0, a, dif & 0xff, carry as u32), expect, "{a} - {b} - {carry}");
                     if carry == 0 {
-                        assert_eq!(
-                            flags(kind::ADD, 0, a, sum & 0xff, 0),
-                            flags(kind::ADC, 0, a, sum & 0xff, 0)
-                        );
-                        assert_eq!(
-                            flags(kind::SUB, 0, a, dif & 0xff, 0),
-                            flags(kind::SBB, 0, a, dif & 0xff, 0)
-                        );
+                        assert_eq!(flags(kind::ADD, 0, a, sum & 0xff, 0), flags(kind::ADC, 0, a, sum & 0xff, 0));
+                        assert_eq!(flags(kind::SUB, 0, a, dif & 0xff, 0), flags(kind::SBB, 0, a, dif & 0xff, 0));
                     }
                 }
             }

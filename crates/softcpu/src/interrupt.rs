@@ -49,17 +49,11 @@ impl Source {
     }
     /// The gate's DPL is checked against CPL.
     fn checked(self) -> bool {
-        matches!(
-            self,
-            Source::Software(..) | Source::Trap(Exception::Bp | Exception::Of, _)
-        )
+        matches!(self, Source::Software(..) | Source::Trap(Exception::Bp | Exception::Of, _))
     }
     /// Bit 0 of error codes about this delivery: an event outside the program.
     fn ext(self) -> u16 {
-        u16::from(!matches!(
-            self,
-            Source::Software(..) | Source::Trap(Exception::Bp | Exception::Of, _)
-        ))
+        u16::from(!matches!(self, Source::Software(..) | Source::Trap(Exception::Bp | Exception::Of, _)))
     }
 }
 
@@ -93,11 +87,7 @@ impl Core {
                     _ => {}
                 }
             }
-            let result = if self.pe() {
-                self.protected_delivery(current)
-            } else {
-                self.real_delivery(current)
-            };
+            let result = if self.pe() { self.protected_delivery(current) } else { self.real_delivery(current) };
             if result.is_ok() {
                 self.st.events.sti_shadow = false;
                 self.st.events.mov_ss_shadow = false;
@@ -128,9 +118,7 @@ impl Core {
         let flags = self.rflags();
         match source {
             Source::Software(_, rip) | Source::Trap(_, rip) => (rip, flags & !rflags::RF),
-            Source::Exception(e) if !e.is_trap() && !matches!(e, Exception::Db(_)) => {
-                (self.st.rip, flags | rflags::RF)
-            }
+            Source::Exception(e) if !e.is_trap() && !matches!(e, Exception::Db(_)) => (self.st.rip, flags | rflags::RF),
             _ => (self.st.rip, flags),
         }
     }
@@ -140,10 +128,7 @@ impl Core {
         if offset + 3 > u64::from(self.st.idtr.limit) {
             return self.raise(Exception::Gp(0));
         }
-        let entry: u32 = self.read_as(
-            Set::Supervisor,
-            self.st.idtr.base.wrapping_add(offset) & 0xffff_ffff,
-        )?;
+        let entry: u32 = self.read_as(Set::Supervisor, self.st.idtr.base.wrapping_add(offset) & 0xffff_ffff)?;
         let (rip, flags) = self.return_point(source);
         let mut frame = [0; 6];
         frame[..2].copy_from_slice(&(rip as u16).to_le_bytes());
@@ -177,11 +162,7 @@ impl Core {
         let at = if long { at } else { at & 0xffff_ffff };
         let system = self.system_set();
         let gate = Descriptor(self.read_as(system, at)?);
-        let high = if long {
-            self.read_as::<u64>(system, at.wrapping_add(8))?
-        } else {
-            0
-        };
+        let high = if long { self.read_as::<u64>(system, at.wrapping_add(8))? } else { 0 };
         let wide = match gate.kind() {
             kind::INT32 | kind::TRAP32 if !gate.is_segment() => true,
             kind::INT16 | kind::TRAP16 if !gate.is_segment() && !long => false,
@@ -206,11 +187,7 @@ impl Core {
         if !code.present() {
             return self.raise(Exception::Np(error));
         }
-        let cpl = if code.conforming() {
-            self.cpl()
-        } else {
-            code.dpl()
-        };
+        let cpl = if code.conforming() { self.cpl() } else { code.dpl() };
         let rip = gate.gate_offset() | high << 32;
         if long && !canonical(rip) {
             return self.raise(Exception::Gp(ext));
@@ -241,11 +218,7 @@ impl Core {
             for (slot, word) in frame.chunks_exact_mut(8).zip(words) {
                 slot.copy_from_slice(&word.to_le_bytes());
             }
-            let frame = if source.error_code().is_some() {
-                &frame[..]
-            } else {
-                &frame[8..]
-            };
+            let frame = if source.error_code().is_some() { &frame[..] } else { &frame[8..] };
             let sp = top.wrapping_sub(frame.len() as u64);
             if !canonical(sp) {
                 return self.raise(Exception::Ss(ext));
@@ -263,11 +236,7 @@ impl Core {
             }
         } else {
             let inner = cpl < self.cpl();
-            let (ss, top) = if inner {
-                self.inner_stack(cpl, ext)?
-            } else {
-                (self.st.segs[seg::SS], old_sp)
-            };
+            let (ss, top) = if inner { self.inner_stack(cpl, ext)? } else { (self.st.segs[seg::SS], old_sp) };
             let mut words = Vec::with_capacity(6);
             if inner {
                 words.extend([u32::from(old_ss), old_sp as u32]);
@@ -304,39 +273,22 @@ impl Core {
     pub(crate) fn inner_stack(&mut self, cpl: u8, ext: u16) -> Exec<(Segment, u64)> {
         let tr = self.st.tr;
         let wide = tr.kind() & 8 != 0;
-        let (offset, len) = if wide {
-            (4 + 8 * u64::from(cpl), 8)
-        } else {
-            (2 + 4 * u64::from(cpl), 4)
-        };
+        let (offset, len) = if wide { (4 + 8 * u64::from(cpl), 8) } else { (2 + 4 * u64::from(cpl), 4) };
         if tr.unusable || offset + len - 1 > u64::from(tr.limit) {
             return self.raise(Exception::Ts(tr.selector & 0xfffc | ext));
         }
         let at = tr.base.wrapping_add(offset) & 0xffff_ffff;
         let set = self.system_set();
         let (sp, selector) = if wide {
-            (
-                u64::from(self.read_as::<u32>(set, at)?),
-                self.read_as::<u16>(set, at.wrapping_add(4))?,
-            )
+            (u64::from(self.read_as::<u32>(set, at)?), self.read_as::<u16>(set, at.wrapping_add(4))?)
         } else {
-            (
-                u64::from(self.read_as::<u16>(set, at)?),
-                self.read_as::<u16>(set, at.wrapping_add(2))?,
-            )
+            (u64::from(self.read_as::<u16>(set, at)?), self.read_as::<u16>(set, at.wrapping_add(2))?)
         };
         Ok((self.stack_segment(selector, cpl, Exception::Ts)?, sp))
     }
 
     /// Writes words (first pushed first) below `top` of a legacy stack; answers the new stack pointer.
-    pub(crate) fn push_frame(
-        &mut self,
-        ss: &Segment,
-        top: u64,
-        words: &[u32],
-        wide: bool,
-        set: Set,
-    ) -> Exec<u64> {
+    pub(crate) fn push_frame(&mut self, ss: &Segment, top: u64, words: &[u32], wide: bool, set: Set) -> Exec<u64> {
         let size = if wide { 4 } else { 2 };
         let mask = if ss.big() { 0xffff_ffff } else { 0xffff };
         let sp = top.wrapping_sub(words.len() as u64 * size) & mask;
@@ -354,11 +306,7 @@ impl Core {
 
     /// Sets SP or ESP, as the stack segment's B bit says.
     pub(crate) fn set_stack_pointer(&mut self, ss: &Segment, sp: u64) {
-        self.st.gpr[4] = if ss.big() {
-            sp & 0xffff_ffff
-        } else {
-            self.st.gpr[4] & !0xffff | sp & 0xffff
-        };
+        self.st.gpr[4] = if ss.big() { sp & 0xffff_ffff } else { self.st.gpr[4] & !0xffff | sp & 0xffff };
     }
 
     /// INT n, INT3, INTO and INT1 from their handlers. RIP is still at the instruction.

@@ -59,12 +59,7 @@ impl_mem!(u8 u16 u32 u64 u128);
 #[inline(always)]
 unsafe fn host_read<T: Mem>(host: usize) -> T {
     // SAFETY: the caller's promise; the address was exposed by `Ram::map`. Volatile, because other threads write it.
-    unsafe {
-        with_exposed_provenance::<Unaligned<T>>(host)
-            .read_volatile()
-            .0
-            .swap()
-    }
+    unsafe { with_exposed_provenance::<Unaligned<T>>(host).read_volatile().0.swap() }
 }
 
 /// Writes guest memory.
@@ -74,9 +69,7 @@ unsafe fn host_read<T: Mem>(host: usize) -> T {
 #[inline(always)]
 unsafe fn host_write<T: Mem>(host: usize, value: T) {
     // SAFETY: the caller's promise; see `host_read`.
-    unsafe {
-        with_exposed_provenance_mut::<Unaligned<T>>(host).write_volatile(Unaligned(value.swap()))
-    }
+    unsafe { with_exposed_provenance_mut::<Unaligned<T>>(host).write_volatile(Unaligned(value.swap())) }
 }
 
 impl Core {
@@ -104,6 +97,12 @@ impl Core {
         } else {
             self.write_slow(self.set, lin, value)
         }
+    }
+
+    /// The memory operand of an instruction of flat 64-bit code, under the same condition.
+    #[inline(always)]
+    pub(crate) fn hit_operand<T: Word>(&self, op: &Op) -> Option<u64> {
+        if op.am == 0 { self.hit_read::<T>(self.offset(op)) } else { None }
     }
 
     /// The value at `lin` if the TLB has it; handlers use it for a path without calls, before the general one.
@@ -214,11 +213,7 @@ impl Core {
     /// A linear address: 32 bits wide outside 64-bit mode.
     #[inline]
     pub(crate) fn wrap(&self, lin: u64) -> u64 {
-        if self.code64() || self.long_mode() && lin >> 32 == 0 {
-            lin
-        } else {
-            lin & 0xffff_ffff
-        }
+        if self.code64() || self.long_mode() && lin >> 32 == 0 { lin } else { lin & 0xffff_ffff }
     }
 
     /// Reads up to 4096 bytes; devices see accesses of at most eight.
@@ -259,11 +254,7 @@ impl Core {
         let (first, second) = self.split(lin, bytes.len());
         self.watch(lin, bytes.len() as u64, true);
         let places = [self.place(set, lin, first as u64, true)?, {
-            if first < bytes.len() {
-                self.place(set, second, (bytes.len() - first) as u64, true)?
-            } else {
-                Place::None
-            }
+            if first < bytes.len() { self.place(set, second, (bytes.len() - first) as u64, true)? } else { Place::None }
         }];
         let (low, high) = bytes.split_at(first);
         for (place, part) in places.into_iter().zip([low, high]) {
@@ -300,11 +291,7 @@ impl Core {
     pub(crate) fn bulk_copy(&mut self, from: usize, to: usize, len: u64) {
         // SAFETY: both come from `bulk` in this very instruction with this length. `copy` allows overlap.
         unsafe {
-            std::ptr::copy(
-                with_exposed_provenance::<u8>(from),
-                with_exposed_provenance_mut::<u8>(to),
-                len as usize,
-            )
+            std::ptr::copy(with_exposed_provenance::<u8>(from), with_exposed_provenance_mut::<u8>(to), len as usize)
         };
     }
 
@@ -340,22 +327,14 @@ impl Core {
     #[inline(always)]
     pub(crate) fn effective(&self, op: &Op) -> u64 {
         let offset = self.offset(op);
-        if op.am == 0 {
-            offset
-        } else {
-            cut_offset(op, offset)
-        }
+        if op.am == 0 { offset } else { cut_offset(op, offset) }
     }
 
     /// The linear address of the memory operand for an access of `len` bytes; segment checks included.
     #[inline(always)]
     pub(crate) fn linear(&mut self, op: &Op, len: u64, write: bool) -> Exec<u64> {
         let offset = self.offset(op);
-        if op.am == 0 {
-            Ok(offset)
-        } else {
-            self.segmented(op, cut_offset(op, offset), len, write)
-        }
+        if op.am == 0 { Ok(offset) } else { self.segmented(op, cut_offset(op, offset), len, write) }
     }
 
     /// As [`Core::linear`], for an offset computed elsewhere (string instructions).
@@ -363,23 +342,16 @@ impl Core {
     pub(crate) fn segmented(&mut self, op: &Op, offset: u64, len: u64, write: bool) -> Exec<u64> {
         let segment = usize::from(op.am & 7);
         if op.am & AM_LONG != 0 || op.am == 0 {
-            return Ok(self.st.segs
-                [segment * usize::from(op.am != 0) + 6 * usize::from(op.am == 0)]
-            .base
-            .wrapping_add(offset));
+            return Ok(self.st.segs[segment * usize::from(op.am != 0) + 6 * usize::from(op.am == 0)]
+                .base
+                .wrapping_add(offset));
         }
         self.segment_address(segment, offset, len, write)
     }
 
     /// Checks limit and rights of a segment (SDM vol. 3A, 5.3 to 5.5) and answers the linear address.
     #[inline(never)]
-    pub(crate) fn segment_address(
-        &mut self,
-        segment: usize,
-        offset: u64,
-        len: u64,
-        write: bool,
-    ) -> Exec<u64> {
+    pub(crate) fn segment_address(&mut self, segment: usize, offset: u64, len: u64, write: bool) -> Exec<u64> {
         let s = &self.st.segs[segment];
         let last = offset.wrapping_add(len - 1);
         let in_limit = if s.kind() & 0xc == 4 && !s.unusable {
@@ -388,22 +360,12 @@ impl Core {
         } else {
             last <= u64::from(s.limit)
         };
-        let allowed = !self.pe()
-            || self.vm86()
-            || !s.unusable
-                && if write {
-                    s.kind() & 0xa == 2
-                } else {
-                    s.kind() & 0xa != 8
-                };
+        let allowed =
+            !self.pe() || self.vm86() || !s.unusable && if write { s.kind() & 0xa == 2 } else { s.kind() & 0xa != 8 };
         if in_limit && allowed {
             return Ok(s.base.wrapping_add(offset) & 0xffff_ffff);
         }
-        self.raise(if segment == seg::SS {
-            Exception::Ss(0)
-        } else {
-            Exception::Gp(0)
-        })
+        self.raise(if segment == seg::SS { Exception::Ss(0) } else { Exception::Gp(0) })
     }
 
     /// Reads the memory operand.
@@ -479,11 +441,7 @@ impl Core {
     /// Reads, computes and writes back an integer at `lin`; answers the old value. Without `LOCK` it is a read and a write; the
     /// write's rights are checked before the read.
     #[inline(always)]
-    pub(crate) fn rmw<T: Word, const LOCK: bool>(
-        &mut self,
-        lin: u64,
-        f: impl Fn(u64) -> u64,
-    ) -> Exec<u64> {
+    pub(crate) fn rmw<T: Word, const LOCK: bool>(&mut self, lin: u64, f: impl Fn(u64) -> u64) -> Exec<u64> {
         let entry = self.tlb.entry(lin);
         if entry.write == self.tlb.tag(lin.wrapping_add(T::BYTES - 1)) {
             let host = entry.add.wrapping_add(lin as usize);
@@ -494,11 +452,7 @@ impl Core {
     }
 
     #[inline(never)]
-    fn rmw_slow<T: Word, const LOCK: bool>(
-        &mut self,
-        lin: u64,
-        f: impl Fn(u64) -> u64,
-    ) -> Exec<u64> {
+    fn rmw_slow<T: Word, const LOCK: bool>(&mut self, lin: u64, f: impl Fn(u64) -> u64) -> Exec<u64> {
         let set = self.set;
         if (lin & 0xfff) + T::BYTES <= 0x1000 {
             self.watch(lin, T::BYTES, true);

@@ -78,10 +78,7 @@ pub(crate) struct ItlbEntry {
 }
 
 impl ItlbEntry {
-    pub(crate) const EMPTY: ItlbEntry = ItlbEntry {
-        key: u64::MAX,
-        gpa: 0,
-    };
+    pub(crate) const EMPTY: ItlbEntry = ItlbEntry { key: u64::MAX, gpa: 0 };
 }
 
 /// Shape of a paging mode: levels from the top, each with the shift of its index.
@@ -92,21 +89,9 @@ struct Shape {
     wide: bool,
 }
 
-const LONG: Shape = Shape {
-    shifts: &[39, 30, 21, 12],
-    index_mask: 511,
-    wide: true,
-};
-const PAE: Shape = Shape {
-    shifts: &[21, 12],
-    index_mask: 511,
-    wide: true,
-};
-const LEGACY: Shape = Shape {
-    shifts: &[22, 12],
-    index_mask: 1023,
-    wide: false,
-};
+const LONG: Shape = Shape { shifts: &[39, 30, 21, 12], index_mask: 511, wide: true };
+const PAE: Shape = Shape { shifts: &[21, 12], index_mask: 511, wide: true };
+const LEGACY: Shape = Shape { shifts: &[22, 12], index_mask: 1023, wide: false };
 
 impl Core {
     /// An entry of a page table; outside RAM it reads as all ones.
@@ -140,19 +125,12 @@ impl Core {
         let done = if wide {
             // SAFETY: as in `read_entry`, and the region is writable.
             let cell = unsafe { AtomicU64::from_ptr(std::ptr::with_exposed_provenance_mut(host)) };
-            cell.compare_exchange(
-                old.to_le(),
-                (old | bits).to_le(),
-                Ordering::SeqCst,
-                Ordering::SeqCst,
-            )
-            .is_ok()
+            cell.compare_exchange(old.to_le(), (old | bits).to_le(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
         } else {
             // SAFETY: as above.
             let cell = unsafe { AtomicU32::from_ptr(std::ptr::with_exposed_provenance_mut(host)) };
             let (old, new) = (old as u32, (old | bits) as u32);
-            cell.compare_exchange(old.to_le(), new.to_le(), Ordering::SeqCst, Ordering::SeqCst)
-                .is_ok()
+            cell.compare_exchange(old.to_le(), new.to_le(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
         };
         if region.code_mask(gpa) & granules(gpa, 8) != 0 {
             self.ram.code_written(&layout, gpa, 8);
@@ -163,12 +141,7 @@ impl Core {
     /// Translates `lin` for an access, setting accessed and dirty bits; or the error code of the page fault.
     pub(crate) fn walk(&mut self, lin: u64, access: Access, set: Set) -> Result<Walk, u32> {
         if self.st.cr0 & cr0::PG == 0 {
-            return Ok(Walk {
-                gpa: lin,
-                write: true,
-                global: false,
-                large: None,
-            });
+            return Ok(Walk { gpa: lin, write: true, global: false, large: None });
         }
         loop {
             if let Some(result) = self.walk_once(lin, access, set) {
@@ -249,11 +222,7 @@ impl Core {
                 if !self.update_entry(at, shape.wide, entry, pte::A) {
                     return None;
                 }
-                table = if shape.wide {
-                    entry & ADDR
-                } else {
-                    entry & 0xffff_f000
-                };
+                table = if shape.wide { entry & ADDR } else { entry & 0xffff_f000 };
                 continue;
             }
             let user_page = rights & pte::U != 0;
@@ -261,27 +230,13 @@ impl Core {
             let may_write = writable || !user && self.st.cr0 & cr0::WP == 0;
             let allowed = match access {
                 // Users fetch from user pages; the supervisor too, unless SMEP forbids it.
-                Access::Fetch => {
-                    !nx && if user {
-                        user_page
-                    } else {
-                        !user_page || cr4 & cr4::SMEP == 0
-                    }
-                }
-                _ => {
-                    (user_page || !user)
-                        && !(user_page && set == Set::Smap)
-                        && (access == Access::Read || may_write)
-                }
+                Access::Fetch => !nx && if user { user_page } else { !user_page || cr4 & cr4::SMEP == 0 },
+                _ => (user_page || !user) && !(user_page && set == Set::Smap) && (access == Access::Read || may_write),
             };
             if !allowed {
                 return Some(Err(error | code::PRESENT));
             }
-            let bits = if access == Access::Write {
-                pte::A | pte::D
-            } else {
-                pte::A
-            };
+            let bits = if access == Access::Write { pte::A | pte::D } else { pte::A };
             if !self.update_entry(at, shape.wide, entry, bits) {
                 return None;
             }
@@ -330,14 +285,7 @@ impl Core {
             }
         }
         if !self.watching {
-            self.tlb.fill(
-                set,
-                lin,
-                host - (walk.gpa & 0xfff) as usize,
-                fast,
-                walk.global,
-                walk.large,
-            );
+            self.tlb.fill(set, lin, host - (walk.gpa & 0xfff) as usize, fast, walk.global, walk.large);
         }
         Ok(Place::Host(host))
     }
@@ -357,10 +305,7 @@ impl Core {
         let set = if user { Set::User } else { Set::Supervisor };
         match self.walk(lin, Access::Fetch, set) {
             Ok(walk) => {
-                self.itlb[slot] = ItlbEntry {
-                    key,
-                    gpa: walk.gpa & !0xfff,
-                };
+                self.itlb[slot] = ItlbEntry { key, gpa: walk.gpa & !0xfff };
                 Ok(walk.gpa)
             }
             Err(code) => self.raise(Exception::Pf { addr: lin, code }),
@@ -369,10 +314,7 @@ impl Core {
 
     /// Reads physical memory, if all of it is RAM.
     pub(crate) fn read_physical(&self, gpa: u64) -> Option<u64> {
-        self.layout
-            .find(gpa)
-            .filter(|_| gpa.is_multiple_of(8))
-            .map(|_| self.read_entry(gpa, true))
+        self.layout.find(gpa).filter(|_| gpa % 8 == 0).map(|_| self.read_entry(gpa, true))
     }
 
     /// The bytes of code at a physical address, to the end of its page at most.

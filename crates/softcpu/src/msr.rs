@@ -7,18 +7,13 @@ use crate::mem::canonical;
 use crate::state::{cr0, efer, seg};
 
 /// MTRRs for the first megabyte, in the order of `Msrs::mtrr_fixed`.
-const MTRR_FIXED: [u32; 11] = [
-    0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f,
-];
+const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 /// Pairs of variable MTRRs.
 const MTRR_PAIRS: u64 = 8;
 
 /// All eight memory types of a PAT or a fixed MTRR exist.
 fn memory_types(value: u64, pat: bool) -> bool {
-    value
-        .to_le_bytes()
-        .iter()
-        .all(|kind| matches!(kind, 0 | 1 | 4 | 5 | 6) || pat && *kind == 7)
+    value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4 | 5 | 6) || pat && *kind == 7)
 }
 
 impl Core {
@@ -105,11 +100,7 @@ impl Core {
                 m.debugctl = value & 3;
             }
             0x200..=0x20f => {
-                let reserved = if index & 1 == 0 {
-                    phys_reserved | 0xf00
-                } else {
-                    phys_reserved | 0x7ff
-                };
+                let reserved = if index & 1 == 0 { phys_reserved | 0xf00 } else { phys_reserved | 0x7ff };
                 if value & reserved != 0 || index & 1 == 0 && !memory_types(value & 0xff, false) {
                     return None;
                 }
@@ -158,11 +149,8 @@ impl Core {
 
     fn write_efer(&mut self, value: u64) -> Option<()> {
         let mut exist = efer::LMA;
-        for (feature, bit) in [
-            (Feature::Syscall, efer::SCE),
-            (Feature::LongMode, efer::LME),
-            (Feature::Nx, efer::NXE),
-        ] {
+        for (feature, bit) in [(Feature::Syscall, efer::SCE), (Feature::LongMode, efer::LME), (Feature::Nx, efer::NXE)]
+        {
             if self.cpuid.has(feature) {
                 exist |= bit;
             }

@@ -170,9 +170,7 @@ pub struct Ram {
 impl fmt::Debug for Ram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let layout = self.layout();
-        f.debug_list()
-            .entries(layout.regions.iter().map(|r| (r.gpa, r.size, r.writable)))
-            .finish()
+        f.debug_list().entries(layout.regions.iter().map(|r| (r.gpa, r.size, r.writable))).finish()
     }
 }
 
@@ -200,20 +198,17 @@ impl Ram {
         writable: bool,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<(), RamError> {
-        if !gpa.is_multiple_of(PAGE)
-            || !size.is_multiple_of(PAGE)
+        if gpa % PAGE != 0
+            || size % PAGE != 0
             || size == 0
-            || !host.addr().is_multiple_of(16)
+            || host.addr() % 16 != 0
             || gpa.checked_add(size).is_none()
         {
             return Err(RamError::Misaligned);
         }
         let _change = lock(&self.change);
         let mut regions = self.layout().regions.clone();
-        if regions
-            .iter()
-            .any(|r| gpa < r.gpa + r.size && r.gpa < gpa + size)
-        {
+        if regions.iter().any(|r| gpa < r.gpa + r.size && r.gpa < gpa + size) {
             return Err(RamError::Overlap);
         }
         let pages = (size / PAGE) as usize;
@@ -240,10 +235,7 @@ impl Ram {
     pub fn unmap(&self, gpa: u64) -> Result<(), RamError> {
         let _change = lock(&self.change);
         let mut regions = self.layout().regions.clone();
-        let at = regions
-            .iter()
-            .position(|r| r.gpa == gpa)
-            .ok_or(RamError::NotMapped)?;
+        let at = regions.iter().position(|r| r.gpa == gpa).ok_or(RamError::NotMapped)?;
         let gone = regions.remove(at);
         self.replace(regions);
         self.invalidate_code(gone.gpa, gone.size);
@@ -257,10 +249,7 @@ impl Ram {
     }
 
     pub(crate) fn layout(&self) -> Arc<Layout> {
-        self.layout
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.layout.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Starts or stops noting which pages of the range at `gpa` are written; starts with a clean bitmap.
@@ -269,15 +258,8 @@ impl Ram {
     /// When no range starts there.
     pub fn set_dirty_log(&self, gpa: u64, on: bool) -> Result<(), RamError> {
         let layout = self.layout();
-        let region = layout
-            .regions
-            .iter()
-            .find(|r| r.gpa == gpa)
-            .ok_or(RamError::NotMapped)?;
-        region
-            .dirty
-            .iter()
-            .for_each(|word| word.store(0, Ordering::Relaxed));
+        let region = layout.regions.iter().find(|r| r.gpa == gpa).ok_or(RamError::NotMapped)?;
+        region.dirty.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         region.log.store(on, Ordering::SeqCst);
         self.synchronize(None, true);
         Ok(())
@@ -290,18 +272,10 @@ impl Ram {
     /// When no range starts there.
     pub fn take_dirty_log(&self, gpa: u64) -> Result<Vec<u64>, RamError> {
         let layout = self.layout();
-        let region = layout
-            .regions
-            .iter()
-            .find(|r| r.gpa == gpa)
-            .ok_or(RamError::NotMapped)?;
+        let region = layout.regions.iter().find(|r| r.gpa == gpa).ok_or(RamError::NotMapped)?;
         // A CPU may still write through a pointer from before the bits were taken; such a page is in the bits taken, and
         // synchronize() ends the use of such pointers before the caller looks at the page.
-        let bits = region
-            .dirty
-            .iter()
-            .map(|word| word.swap(0, Ordering::SeqCst))
-            .collect();
+        let bits = region.dirty.iter().map(|word| word.swap(0, Ordering::SeqCst)).collect();
         self.synchronize(None, true);
         Ok(bits)
     }
@@ -316,9 +290,7 @@ impl Ram {
         while at < end {
             let next = ((at | (PAGE - 1)) + 1).min(end);
             if let Some(region) = layout.find(at) {
-                hit |= region.code[region.page(at)].load(Ordering::SeqCst)
-                    & granules(at, next - at)
-                    != 0;
+                hit |= region.code[region.page(at)].load(Ordering::SeqCst) & granules(at, next - at) != 0;
             }
             at = next;
         }
@@ -395,7 +367,7 @@ impl Ram {
                     me.seen.store(self.round(), Ordering::SeqCst);
                 }
                 spins += 1;
-                if spins.is_multiple_of(64) {
+                if spins % 64 == 0 {
                     std::thread::yield_now();
                 } else {
                     std::hint::spin_loop();
@@ -436,10 +408,6 @@ mod tests {
         );
         assert_eq!(ram.unmap(0x2000), Err(RamError::NotMapped));
         assert_eq!(ram.unmap(0x1000), Ok(()));
-        assert_eq!(
-            Arc::strong_count(&block),
-            1,
-            "an unmapped region is released"
-        );
+        assert_eq!(Arc::strong_count(&block), 1, "an unmapped region is released");
     }
 }

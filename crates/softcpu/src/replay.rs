@@ -21,17 +21,9 @@ impl Access {
     /// The exit that asks for it.
     pub(crate) fn exit(&self) -> Exit {
         if self.port {
-            Exit::Io {
-                port: self.addr as u16,
-                size: self.len,
-                write: self.write,
-            }
+            Exit::Io { port: self.addr as u16, size: self.len, write: self.write }
         } else {
-            Exit::Mmio {
-                gpa: self.addr,
-                size: self.len,
-                write: self.write,
-            }
+            Exit::Mmio { gpa: self.addr, size: self.len, write: self.write }
         }
     }
 }
@@ -102,8 +94,7 @@ impl Core {
     fn access(&mut self, port: bool, addr: u64, data: &mut [u8], write: bool) -> Exec {
         self.need_alone()?;
         let len = data.len() as u8;
-        let same =
-            |a: &Access| a.port == port && a.write == write && a.addr == addr && a.len == len;
+        let same = |a: &Access| a.port == port && a.write == write && a.addr == addr && a.len == len;
         if let Some(done) = self.replay.log.get(self.replay.used).copied().filter(same) {
             self.replay.used += 1;
             if !write {
@@ -119,13 +110,7 @@ impl Core {
             (true, false) => self.bus.port_read(addr as u16, data),
             (true, true) => self.bus.port_write(addr as u16, data),
         };
-        let mut access = Access {
-            port,
-            write,
-            addr,
-            len,
-            data: [0; 8],
-        };
+        let mut access = Access { port, write, addr, len, data: [0; 8] };
         access.data[..data.len()].copy_from_slice(data);
         if answer == Answer::Done {
             self.replay.log.push(access);

@@ -71,11 +71,7 @@ impl Descriptor {
         Segment {
             selector,
             base: raw >> 16 & 0xff_ffff | raw >> 56 << 24,
-            limit: if raw >> 55 & 1 != 0 {
-                limit << 12 | 0xfff
-            } else {
-                limit
-            },
+            limit: if raw >> 55 & 1 != 0 { limit << 12 | 0xfff } else { limit },
             access: (raw >> 40) as u16 & 0xf0ff,
             unusable: false,
         }
@@ -172,11 +168,7 @@ impl Core {
         }
         if is_null(selector) {
             // Intel keeps base and limit; in 64-bit mode the base still counts for FS and GS, and becomes zero here.
-            self.st.segs[index] = Segment {
-                selector,
-                unusable: true,
-                ..Segment::default()
-            };
+            self.st.segs[index] = Segment { selector, unusable: true, ..Segment::default() };
             self.segment_changed(index);
             return Ok(());
         }
@@ -198,12 +190,7 @@ impl Core {
     }
 
     /// Checks a stack segment for privilege level `cpl`; `bad` is what a wrong selector raises (#GP or #TS).
-    pub(crate) fn stack_segment(
-        &mut self,
-        selector: u16,
-        cpl: u8,
-        bad: fn(u16) -> Exception,
-    ) -> Exec<Segment> {
+    pub(crate) fn stack_segment(&mut self, selector: u16, cpl: u8, bad: fn(u16) -> Exception) -> Exec<Segment> {
         let error = selector & 0xfffc;
         if is_null(selector) {
             if self.code64() && cpl != 3 && (selector & 3) as u8 == cpl {
@@ -219,8 +206,7 @@ impl Core {
         let Some(mut descriptor) = self.descriptor(selector)? else {
             return self.raise(bad(error));
         };
-        if (selector & 3) as u8 != cpl || !descriptor.is_writable_data() || descriptor.dpl() != cpl
-        {
+        if (selector & 3) as u8 != cpl || !descriptor.is_writable_data() || descriptor.dpl() != cpl {
             return self.raise(bad(error));
         }
         if !descriptor.present() {

@@ -229,18 +229,7 @@ pub struct X87 {
 impl Default for X87 {
     /// The state after FNINIT.
     fn default() -> Self {
-        X87 {
-            sig: [0; 8],
-            sign_exp: [0; 8],
-            fcw: 0x37f,
-            fsw: 0,
-            valid: 0,
-            fop: 0,
-            fip: 0,
-            fcs: 0,
-            fdp: 0,
-            fds: 0,
-        }
+        X87 { sig: [0; 8], sign_exp: [0; 8], fcw: 0x37f, fsw: 0, valid: 0, fop: 0, fip: 0, fcs: 0, fdp: 0, fds: 0 }
     }
 }
 
@@ -349,15 +338,8 @@ impl CpuState {
     #[must_use]
     pub fn reset() -> Self {
         let mut segs = [Segment::real(0, false); 8];
-        segs[seg::CS] = Segment {
-            base: 0xffff_0000,
-            ..Segment::real(0xf000, true)
-        };
-        let flat = Segment {
-            limit: u32::MAX,
-            access: 0xc093,
-            ..Segment::default()
-        };
+        segs[seg::CS] = Segment { base: 0xffff_0000, ..Segment::real(0xf000, true) };
+        let flat = Segment { limit: u32::MAX, access: 0xc093, ..Segment::default() };
         segs[6] = flat;
         segs[7] = flat;
         let mut gpr = [0; 32];
@@ -367,24 +349,10 @@ impl CpuState {
             rip: 0xfff0,
             rflags: rflags::FIXED,
             segs,
-            ldtr: Segment {
-                limit: 0xffff,
-                access: 0x82,
-                ..Segment::default()
-            },
-            tr: Segment {
-                limit: 0xffff,
-                access: 0x8b,
-                ..Segment::default()
-            },
-            gdtr: Table {
-                base: 0,
-                limit: 0xffff,
-            },
-            idtr: Table {
-                base: 0,
-                limit: 0xffff,
-            },
+            ldtr: Segment { limit: 0xffff, access: 0x82, ..Segment::default() },
+            tr: Segment { limit: 0xffff, access: 0x8b, ..Segment::default() },
+            gdtr: Table { base: 0, limit: 0xffff },
+            idtr: Table { base: 0, limit: 0xffff },
             cr0: cr0::CD | cr0::NW | cr0::ET,
             cr2: 0,
             cr3: 0,
@@ -393,16 +361,8 @@ impl CpuState {
             dr6: 0xffff_0ff0,
             dr7: 0x400,
             xcr0: 1,
-            msr: Msrs {
-                pat: 0x0007_0406_0007_0406,
-                misc_enable: 1,
-                ..Msrs::default()
-            },
-            x87: X87 {
-                fcw: 0x40,
-                valid: 0xff,
-                ..X87::default()
-            },
+            msr: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
+            x87: X87 { fcw: 0x40, valid: 0xff, ..X87::default() },
             xmm: [0; 16],
             mxcsr: 0x1f80,
             pdpte: [0; 4],

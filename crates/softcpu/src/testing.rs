@@ -22,11 +22,7 @@ pub(crate) struct Memory(Vec<std::sync::atomic::AtomicU64>);
 
 impl Memory {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Memory(
-            (0..RAM / 8 + 2)
-                .map(|_| std::sync::atomic::AtomicU64::new(0))
-                .collect(),
-        ))
+        Arc::new(Memory((0..RAM / 8 + 2).map(|_| std::sync::atomic::AtomicU64::new(0)).collect()))
     }
 
     pub(crate) fn host(&self) -> *mut u8 {
@@ -62,18 +58,9 @@ pub(crate) struct Machine {
 
 /// Flat segments for ring 0 in 64-bit mode, or in 32-bit protected mode.
 pub(crate) fn flat(st: &mut CpuState, long: bool) {
-    let code = Segment {
-        selector: 8,
-        base: 0,
-        limit: u32::MAX,
-        access: if long { 0xa09b } else { 0xc09b },
-        unusable: false,
-    };
-    let data = Segment {
-        selector: 16,
-        access: 0xc093,
-        ..code
-    };
+    let code =
+        Segment { selector: 8, base: 0, limit: u32::MAX, access: if long { 0xa09b } else { 0xc09b }, unusable: false };
+    let data = Segment { selector: 16, access: 0xc093, ..code };
     st.segs[..6].fill(data);
     st.segs[seg::CS] = code;
 }
@@ -111,17 +98,8 @@ impl Machine {
         let memory = Memory::new();
         let ram = Ram::new();
         // SAFETY: `Memory` is the owner of the allocation and allows writes through shared references.
-        unsafe { ram.map(0, memory.host(), RAM as u64, true, memory.clone()) }
-            .expect("the range is valid");
-        let mut cpu = Cpu::new(
-            0,
-            Config {
-                tsc: TscMode::Instructions(1),
-                ..Config::default()
-            },
-            ram.clone(),
-            bus,
-        );
+        unsafe { ram.map(0, memory.host(), RAM as u64, true, memory.clone()) }.expect("the range is valid");
+        let mut cpu = Cpu::new(0, Config { tsc: TscMode::Instructions(1), ..Config::default() }, ram.clone(), bus);
         cpu.update(|st| {
             st.segs[seg::CS] = Segment::real(0, true);
             st.rip = CODE;

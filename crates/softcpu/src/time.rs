@@ -28,19 +28,13 @@ impl Clock {
             TscMode::Host(_) => RandomState::new().hash_one(start),
             TscMode::Instructions(_) => 0,
         };
-        Clock {
-            mode,
-            start,
-            offset: 0,
-            seed,
-        }
+        Clock { mode, start, offset: 0, seed }
     }
 
     /// The next random number: SplitMix64 over a seed that the host's random state gave, stirred with the time; repeatable when the TSC is.
     /// Good enough for a guest's kernel, which mixes it with more, and no secret of the host's.
     pub(crate) fn random(&mut self, icount: u64) -> u64 {
-        self.seed =
-            self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ self.raw(icount).rotate_left(32);
+        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ self.raw(icount).rotate_left(32);
         let mut z = self.seed;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -53,9 +47,10 @@ impl Clock {
             TscMode::Host(hz) => {
                 let elapsed = self.start.elapsed();
                 // Whole seconds apart from the rest, so that nothing overflows in a century.
-                elapsed.as_secs().wrapping_mul(hz).wrapping_add(
-                    (u128::from(elapsed.subsec_nanos()) * u128::from(hz) / 1_000_000_000) as u64,
-                )
+                elapsed
+                    .as_secs()
+                    .wrapping_mul(hz)
+                    .wrapping_add((u128::from(elapsed.subsec_nanos()) * u128::from(hz) / 1_000_000_000) as u64)
             }
             TscMode::Instructions(factor) => icount.wrapping_mul(factor),
         }

@@ -34,12 +34,7 @@ pub(crate) struct Entry {
 }
 
 /// No page has this tag: generation 0 is never used.
-const EMPTY: Entry = Entry {
-    read: 0,
-    write: 0,
-    add: 0,
-    meta: 0,
-};
+const EMPTY: Entry = Entry { read: 0, write: 0, add: 0, meta: 0 };
 const GLOBAL: u64 = 1;
 const WRITE: u64 = 2;
 
@@ -69,9 +64,7 @@ fn large_bit(region: u64) -> (usize, u64) {
 impl Tlb {
     pub(crate) fn new() -> Self {
         let entries = vec![EMPTY; SIZE * 4].into_boxed_slice();
-        let Ok(entries) = entries.try_into() else {
-            unreachable!("the length is right")
-        };
+        let Ok(entries) = entries.try_into() else { unreachable!("the length is right") };
         Tlb {
             entries,
             victims: [[EMPTY; VICTIMS]; 4],
@@ -126,15 +119,7 @@ impl Tlb {
     }
 
     /// Adds a translation: reads allowed, writes if `write`.
-    pub(crate) fn fill(
-        &mut self,
-        set: Set,
-        lin: u64,
-        host: usize,
-        write: bool,
-        global: bool,
-        large: Option<u32>,
-    ) {
+    pub(crate) fn fill(&mut self, set: Set, lin: u64, host: usize, write: bool, global: bool, large: Option<u32>) {
         let tag = self.tag(lin);
         let page = lin & !GEN_MASK;
         if let Some(shift) = large {
@@ -151,10 +136,7 @@ impl Tlb {
             read: tag,
             write: if write { tag } else { 0 },
             add: host.wrapping_sub(page as usize),
-            meta: page
-                | self.global_generation
-                | if global { GLOBAL } else { 0 }
-                | if write { WRITE } else { 0 },
+            meta: page | self.global_generation | if global { GLOBAL } else { 0 } | if write { WRITE } else { 0 },
         };
     }
 
@@ -221,18 +203,10 @@ mod tests {
         tlb.fill(Set::User, 0x2000, 0x6000, true, true, None);
         assert_eq!(tlb.lookup(Set::User, 0x1234, false), Some(0x5234));
         assert_eq!(tlb.lookup(Set::User, 0x1234, true), None, "read only");
-        assert_eq!(
-            tlb.lookup(Set::Supervisor, 0x1234, false),
-            None,
-            "another set"
-        );
+        assert_eq!(tlb.lookup(Set::Supervisor, 0x1234, false), None, "another set");
         tlb.flush();
         assert_eq!(tlb.lookup(Set::User, 0x1234, false), None);
-        assert_eq!(
-            tlb.lookup(Set::User, 0x2010, true),
-            Some(0x6010),
-            "global pages survive"
-        );
+        assert_eq!(tlb.lookup(Set::User, 0x2010, true), Some(0x6010), "global pages survive");
         tlb.flush_all();
         assert_eq!(tlb.lookup(Set::User, 0x2010, true), None);
     }

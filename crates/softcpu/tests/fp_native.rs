@@ -70,9 +70,7 @@ impl Rng {
             0 => self.below(3),
             1 => special - self.below(3),
             2 | 3 => special / 2 + self.below(8) - 4,
-            4 => (special / 2 + self.below(140))
-                .saturating_sub(70)
-                .min(special),
+            4 => (special / 2 + self.below(140)).saturating_sub(70).min(special),
             _ => self.below(special + 1),
         }
     }
@@ -115,9 +113,7 @@ impl Rng {
                     u128::from(sign_exp) << 64 | u128::from(sig)
                 }
                 // Packed decimal.
-                1 => (0..18).fold(u128::from(self.next() & 1), |v, _| {
-                    v << 4 | u128::from(self.below(10))
-                }),
+                1 => (0..18).fold(u128::from(self.next() & 1), |v, _| v << 4 | u128::from(self.below(10))),
                 _ => self.vector(),
             };
             chunk.copy_from_slice(&value.to_le_bytes());
@@ -179,8 +175,7 @@ impl Native {
     /// The code around `insn`, and where in it the instruction and what follows it are.
     fn assemble(insn: &[u8]) -> (Vec<u8>, usize, usize) {
         let mut code = vec![
-            0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41,
-            0x57, // push rbx, rbp, r12 to r15
+            0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, // push rbx, rbp, r12 to r15
             0x49, 0x89, 0xff, // mov r15, rdi
             0x49, 0x0f, 0xae, 0x0f, // fxrstor64 [r15]
             0x49, 0x8b, 0x87, 0x00, 0x04, 0, 0, // mov rax, [r15 + 0x400]
@@ -197,8 +192,7 @@ impl Native {
             0x49, 0x89, 0x87, 0x28, 0x04, 0, 0, // mov [r15 + 0x428], rax
             0x49, 0x89, 0x8f, 0x30, 0x04, 0, 0, // mov [r15 + 0x430], rcx
             0xdb, 0xe3, // fninit
-            0x41, 0xc7, 0x87, 0x38, 0x04, 0, 0, 0x80, 0x1f, 0,
-            0, // mov dword [r15 + 0x438], 0x1f80
+            0x41, 0xc7, 0x87, 0x38, 0x04, 0, 0, 0x80, 0x1f, 0, 0, // mov dword [r15 + 0x438], 0x1f80
             0x41, 0x0f, 0xae, 0x97, 0x38, 0x04, 0, 0, // ldmxcsr [r15 + 0x438]
             0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3, // pop them; ret
         ]);
@@ -237,17 +231,13 @@ impl Memory {
     fn write(&self, gpa: u64, bytes: &[u8]) {
         assert!(gpa as usize + bytes.len() <= RAM);
         // SAFETY: inside the allocation.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(gpa as usize), bytes.len())
-        };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(gpa as usize), bytes.len()) };
     }
 
     fn window(&self) -> [u8; WINDOW] {
         let mut bytes = [0; WINDOW];
         // SAFETY: inside the allocation.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.0.add(DATA as usize), bytes.as_mut_ptr(), WINDOW)
-        };
+        unsafe { std::ptr::copy_nonoverlapping(self.0.add(DATA as usize), bytes.as_mut_ptr(), WINDOW) };
         bytes
     }
 }
@@ -258,10 +248,7 @@ fn machine() -> (Cpu, Arc<Memory>) {
     let ram = Ram::new();
     // SAFETY: the allocation is never freed.
     unsafe { ram.map(0, memory.0, RAM as u64, true, memory.clone()) }.expect("the range is valid");
-    let config = Config {
-        tsc: TscMode::Instructions(1),
-        ..Config::default()
-    };
+    let config = Config { tsc: TscMode::Instructions(1), ..Config::default() };
     let mut cpu = Cpu::new(0, config, ram, Box::new(NoBus));
     for level in 0..3 {
         let table = TABLES + 0x1000 * level;
@@ -271,18 +258,8 @@ fn machine() -> (Cpu, Arc<Memory>) {
         memory.write(TABLES + 0x3000 + 8 * page, &(page << 12 | 3).to_le_bytes());
     }
     cpu.update(|st| {
-        let code = Segment {
-            selector: 8,
-            base: 0,
-            limit: u32::MAX,
-            access: 0xa09b,
-            unusable: false,
-        };
-        st.segs[..6].fill(Segment {
-            selector: 16,
-            access: 0xc093,
-            ..code
-        });
+        let code = Segment { selector: 8, base: 0, limit: u32::MAX, access: 0xa09b, unusable: false };
+        st.segs[..6].fill(Segment { selector: 16, access: 0xc093, ..code });
         st.segs[1] = code;
         st.cr0 = 0x8001_0031;
         st.cr3 = TABLES;
@@ -338,8 +315,8 @@ fn x87_bytes(rng: &mut Rng) -> Vec<u8> {
 
 fn sse_bytes(rng: &mut Rng) -> Vec<u8> {
     const OPCODES: [u8; 23] = [
-        0x2a, 0x2c, 0x2d, 0x2e, 0x2f, 0x51, 0x52, 0x53, 0x58, 0x59, 0x5a, 0x5b, 0x5c, 0x5d, 0x5e,
-        0x5f, 0x7c, 0x7d, 0xd0, 0xe6, 0xc2, 0x3a, 0xae,
+        0x2a, 0x2c, 0x2d, 0x2e, 0x2f, 0x51, 0x52, 0x53, 0x58, 0x59, 0x5a, 0x5b, 0x5c, 0x5d, 0x5e, 0x5f, 0x7c, 0x7d,
+        0xd0, 0xe6, 0xc2, 0x3a, 0xae,
     ];
     let prefix: &[u8] = rng.pick(&[&[], &[0x66], &[0xf2], &[0xf3]]);
     let mut bytes = prefix.to_vec();
@@ -378,19 +355,14 @@ fn suits(insn: &Instruction, x87: bool) -> bool {
             | Code::Fxrstor64_m512byte
             | Code::Ldmxcsr_m32
     );
-    let family =
-        x87 || format!("{:?}", insn.code()).contains("mm") || insn.code() == Code::Stmxcsr_m32;
+    let family = x87 || format!("{:?}", insn.code()).contains("mm") || insn.code() == Code::Stmxcsr_m32;
     registers_fit && family && !other
 }
 
 /// A random state for an instruction.
 fn randomize(rng: &mut Rng, st: &mut CpuState, unmask_x87: bool) {
     st.x87.fcw = 0x40 | rng.next() as u16 & 0xc00 | rng.pick(&[0, 0x200, 0x300, 0x300]);
-    st.x87.fcw |= if unmask_x87 && rng.one_in(2) {
-        rng.next() as u16 & 0x3f
-    } else {
-        0x3f
-    };
+    st.x87.fcw |= if unmask_x87 && rng.one_in(2) { rng.next() as u16 & 0x3f } else { 0x3f };
     st.x87.fsw = rng.next() as u16 & 0x7f00;
     if rng.one_in(3) {
         st.x87.fsw |= rng.next() as u16 & 0x7f;
@@ -403,27 +375,15 @@ fn randomize(rng: &mut Rng, st: &mut CpuState, unmask_x87: bool) {
     }
     // Three registers in use, so that most instructions meet no stack fault, or any.
     let top = st.x87.fsw >> 11 & 7;
-    st.x87.valid = if rng.one_in(2) {
-        rng.next() as u8
-    } else {
-        7u8.rotate_left(u32::from(top))
-    };
+    st.x87.valid = if rng.one_in(2) { rng.next() as u8 } else { 7u8.rotate_left(u32::from(top)) };
     for r in 0..8 {
-        (st.x87.sign_exp[r], st.x87.sig[r]) = if rng.one_in(20) {
-            (0xffff, rng.next())
-        } else {
-            rng.extended()
-        };
+        (st.x87.sign_exp[r], st.x87.sig[r]) = if rng.one_in(20) { (0xffff, rng.next()) } else { rng.extended() };
     }
     (st.x87.fop, st.x87.fip, st.x87.fdp) = (0, 0, 0);
     for xmm in &mut st.xmm {
         *xmm = rng.vector();
     }
-    let masks = if rng.one_in(2) {
-        0x3f
-    } else {
-        rng.next() as u32 & 0x3f
-    };
+    let masks = if rng.one_in(2) { 0x3f } else { rng.next() as u32 & 0x3f };
     st.mxcsr = masks << 7;
     if rng.one_in(2) {
         st.mxcsr |= rng.next() as u32 & 0xe000;
@@ -440,20 +400,13 @@ fn randomize(rng: &mut Rng, st: &mut CpuState, unmask_x87: bool) {
 }
 
 fn word(image: &[u8; 512], at: usize) -> u64 {
-    image[at..at + 8]
-        .iter()
-        .rev()
-        .fold(0, |v, &b| v << 8 | u64::from(b))
+    image[at..at + 8].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b))
 }
 
 /// Whether two results are at most one unit in the last place apart.
 fn neighbours(a: &[u8], b: &[u8]) -> bool {
     let line = |x: &[u8]| {
-        let sig = x[..8]
-            .iter()
-            .rev()
-            .fold(0u128, |v, &b| v << 8 | u128::from(b))
-            & !(1 << 63);
+        let sig = x[..8].iter().rev().fold(0u128, |v, &b| v << 8 | u128::from(b)) & !(1 << 63);
         u128::from(x[8]) << 63 | u128::from(x[9]) << 71 | sig
     };
     line(a).abs_diff(line(b)) <= 1
@@ -461,18 +414,12 @@ fn neighbours(a: &[u8], b: &[u8]) -> bool {
 
 fn transcendental(code: Code) -> bool {
     use Code::*;
-    matches!(
-        code,
-        F2xm1 | Fyl2x | Fyl2xp1 | Fpatan | Fsin | Fcos | Fsincos | Fptan
-    )
+    matches!(code, F2xm1 | Fyl2x | Fyl2xp1 | Fpatan | Fsin | Fcos | Fsincos | Fptan)
 }
 
 fn approximate(code: Code) -> bool {
     use Code::*;
-    matches!(
-        code,
-        Rcpss_xmm_xmmm32 | Rcpps_xmm_xmmm128 | Rsqrtss_xmm_xmmm32 | Rsqrtps_xmm_xmmm128
-    )
+    matches!(code, Rcpss_xmm_xmmm32 | Rcpps_xmm_xmmm128 | Rsqrtss_xmm_xmmm32 | Rsqrtps_xmm_xmmm128)
 }
 
 /// Runs `rounds` instructions on both sides.
@@ -481,16 +428,10 @@ fn compare(x87: bool, rounds: u64) {
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
 
-    let number = |name: &str, default| {
-        std::env::var(name)
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(default)
-    };
+    let number = |name: &str, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
     let mut rng = Rng(number("VM_ACCEL_FP_SEED", 0x9e37_79b9));
     let rounds = rounds * number("VM_ACCEL_FP_ROUNDS", 1);
-    let amd =
-        std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD"));
+    let amd = std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD"));
     let native = Native::new();
     let (mut cpu, guest) = machine();
     #[repr(align(64))]
@@ -499,11 +440,7 @@ fn compare(x87: bool, rounds: u64) {
 
     let mut done = 0;
     while done < rounds {
-        let bytes = if x87 {
-            x87_bytes(&mut rng)
-        } else {
-            sse_bytes(&mut rng)
-        };
+        let bytes = if x87 { x87_bytes(&mut rng) } else { sse_bytes(&mut rng) };
         let insn = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
         if insn.is_invalid() || insn.len() != bytes.len() || !suits(&insn, x87) {
             continue;
@@ -560,28 +497,15 @@ fn compare(x87: bool, rounds: u64) {
             check("FOP", got[6..8] == want[6..8]);
             // Control instructions leave the pointers as they were, which is zero.
             let offset = |address: u64, base: u64| {
-                if address == 0 {
-                    0
-                } else {
-                    address.wrapping_sub(base)
-                }
+                if address == 0 { 0 } else { address.wrapping_sub(base) }
             };
-            check(
-                "FIP",
-                offset(word(&got, 8), CODE) == offset(word(want, 8), at),
-            );
-            check(
-                "FDP",
-                offset(word(&got, 16), DATA) == offset(word(want, 16), base),
-            );
+            check("FIP", offset(word(&got, 8), CODE) == offset(word(want, 8), at));
+            check("FDP", offset(word(&got, 16), DATA) == offset(word(want, 16), base));
         }
         for i in 0..8 {
             let range = 32 + 16 * i..42 + 16 * i;
             let (a, b) = (&got[range.clone()], &want[range]);
-            check(
-                &format!("ST{i}"),
-                a == b || transcendental(code) && neighbours(a, b),
-            );
+            check(&format!("ST{i}"), a == b || transcendental(code) && neighbours(a, b));
         }
         for i in (0..16).filter(|_| !approximate(code)) {
             let range = 160 + 16 * i..176 + 16 * i;
@@ -589,10 +513,7 @@ fn compare(x87: bool, rounds: u64) {
         }
         check("RAX", st.gpr[0] == context.rax_after);
         check("RCX", st.gpr[1] == context.rcx_after);
-        check(
-            "flags",
-            (st.rflags ^ context.rflags_after) & ARITHMETIC == 0,
-        );
+        check("flags", (st.rflags ^ context.rflags_after) & ARITHMETIC == 0);
         check("memory", guest.window() == window.0);
         assert!(
             wrong.is_empty(),

@@ -7,14 +7,10 @@
 //! ```
 
 use vm_accel::x86_64::Segment;
-use vm_accel::{
-    Accel, AccelKind, GuestArch, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, VcpuResult,
-};
+use vm_accel::{Accel, AccelKind, GuestArch, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, VcpuResult};
 
 /// `mov byte [0x3000], 1; mov byte [0x5000], 1; mov byte [0x6fff], 1; hlt`
-const GUEST: [u8; 16] = [
-    0xc6, 0x06, 0x00, 0x30, 1, 0xc6, 0x06, 0x00, 0x50, 1, 0xc6, 0x06, 0xff, 0x6f, 1, 0xf4,
-];
+const GUEST: [u8; 16] = [0xc6, 0x06, 0x00, 0x30, 1, 0xc6, 0x06, 0x00, 0x50, 1, 0xc6, 0x06, 0xff, 0x6f, 1, 0xf4];
 const ENTRY: u64 = 0x1000;
 
 fn main() -> VcpuResult<()> {

@@ -10,9 +10,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 use vm_accel::x86_64::Segment;
-use vm_accel::{
-    Accel, AccelKind, GuestArch, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, VcpuResult,
-};
+use vm_accel::{Accel, AccelKind, GuestArch, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, VcpuResult};
 
 /// `jmp $`
 const GUEST: [u8; 2] = [0xeb, 0xfe];
@@ -20,9 +18,7 @@ const ENTRY: u64 = 0x1000;
 
 fn main() -> VcpuResult<()> {
     let backends = AccelKind::ALL.into_iter().map(PlatformBackend::new);
-    let Some(mut vm) = backends
-        .filter_map(Result::ok)
-        .find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64)
+    let Some(mut vm) = backends.filter_map(Result::ok).find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64)
     else {
         println!("No backend here runs x86-64 guests.");
         return Ok(());

@@ -7,8 +7,7 @@
 
 use vm_accel::x86_64::Segment;
 use vm_accel::{
-    Accel, AccelKind, GuestArch, GuestRegion, IoDirection, MemoryFlags, PlatformBackend, VcpuExit,
-    VcpuResult,
+    Accel, AccelKind, GuestArch, GuestRegion, IoDirection, MemoryFlags, PlatformBackend, VcpuExit, VcpuResult,
 };
 
 /// `in al, 0x10; add al, 2; out 0x11, al; hlt`
@@ -18,9 +17,7 @@ const ENTRY: u64 = 0x1000;
 fn main() -> VcpuResult<()> {
     // The first backend of this host that runs x86-64 guests.
     let backends = AccelKind::ALL.into_iter().map(PlatformBackend::new);
-    let Some(mut vm) = backends
-        .filter_map(Result::ok)
-        .find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64)
+    let Some(mut vm) = backends.filter_map(Result::ok).find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64)
     else {
         println!("No backend here runs x86-64 guests:");
         for report in vm_accel::probe() {
@@ -49,19 +46,13 @@ fn main() -> VcpuResult<()> {
 
     loop {
         match vcpu.run()? {
-            VcpuExit::Io {
-                port,
-                direction: IoDirection::In,
-                ..
-            } => {
+            VcpuExit::Io { port, direction: IoDirection::In, .. } => {
                 println!("The guest reads port {port:#x}; it gets 40.");
                 vcpu.complete_read(&[40])?;
             }
-            VcpuExit::Io {
-                port,
-                direction: IoDirection::Out,
-                ..
-            } => println!("The guest writes {:?} to port {port:#x}.", vcpu.io_data()?),
+            VcpuExit::Io { port, direction: IoDirection::Out, .. } => {
+                println!("The guest writes {:?} to port {port:#x}.", vcpu.io_data()?)
+            }
             VcpuExit::Halted => {
                 println!("The guest halted.");
                 return Ok(());

@@ -57,12 +57,7 @@ impl FromStr for AccelKind {
         Self::ALL
             .into_iter()
             .find(|kind| kind.name() == name)
-            .ok_or_else(|| {
-                AccelError::invalid(
-                    "accelerator",
-                    format!("{name:?} is none of kvm, hvf, whpx, vz, soft"),
-                )
-            })
+            .ok_or_else(|| AccelError::invalid("accelerator", format!("{name:?} is none of kvm, hvf, whpx, vz, soft")))
     }
 }
 
@@ -349,12 +344,7 @@ pub trait Accel: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// As [`map_memory`](Accel::map_memory) and [`unmap_memory`](Accel::unmap_memory).
-    fn remap_memory(
-        &mut self,
-        gpa: u64,
-        region: &GuestRegion,
-        flags: MemoryFlags,
-    ) -> VcpuResult<()>;
+    fn remap_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()>;
 
     /// Changes what the guest may do with the mapping that starts at `gpa`, and whether its writes are logged.
     ///
@@ -431,12 +421,7 @@ pub trait Accel: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`AccelError::Unsupported`] where [`Capabilities::irqfd`] is false, [`AccelError::Backend`] if it is refused.
-    fn register_irqfd(
-        &mut self,
-        event: &HostEvent,
-        gsi: u32,
-        resample: Option<&HostEvent>,
-    ) -> VcpuResult<()> {
+    fn register_irqfd(&mut self, event: &HostEvent, gsi: u32, resample: Option<&HostEvent>) -> VcpuResult<()> {
         let _ = (event, gsi, resample);
         Err(self.unsupported("irqfd"))
     }
@@ -508,10 +493,7 @@ pub trait Accel: fmt::Debug + Send + Sync {
 
     /// An [`AccelError::Unsupported`] of this backend.
     fn unsupported(&self, what: &'static str) -> AccelError {
-        AccelError::Unsupported {
-            kind: Some(self.kind()),
-            what,
-        }
+        AccelError::Unsupported { kind: Some(self.kind()), what }
     }
 }
 

@@ -44,9 +44,7 @@ pub enum AccelError {
         op: &'static str,
     },
     /// `run()` was called while the guest still waits for the answer to a read.
-    #[error(
-        "the guest waits for {len} bytes of a read at {addr:#x}; call complete_read before run"
-    )]
+    #[error("the guest waits for {len} bytes of a read at {addr:#x}; call complete_read before run")]
     PendingRead {
         /// Port number or guest physical address of the read.
         addr: u64,
@@ -76,9 +74,7 @@ pub enum AccelError {
         done: usize,
     },
     /// The hardware refused to enter the guest: the vCPU's state is not one that a CPU can have.
-    #[error(
-        "{kind}: the CPU refused to enter the guest (hardware reason {reason:#x}): its register state is invalid"
-    )]
+    #[error("{kind}: the CPU refused to enter the guest (hardware reason {reason:#x}): its register state is invalid")]
     EntryFailed {
         /// The backend.
         kind: AccelKind,
@@ -86,9 +82,7 @@ pub enum AccelError {
         reason: u64,
     },
     /// The platform met an instruction that it can neither execute nor emulate.
-    #[error(
-        "{kind}: cannot execute the guest instruction at {pc:#x} (bytes: {instruction}; internal error {code})"
-    )]
+    #[error("{kind}: cannot execute the guest instruction at {pc:#x} (bytes: {instruction}; internal error {code})")]
     Emulation {
         /// The backend.
         kind: AccelKind,
@@ -100,9 +94,7 @@ pub enum AccelError {
         instruction: InstructionBytes,
     },
     /// The guest touched memory that the host could not provide (removed file, guest_memfd conversion, poisoned page).
-    #[error(
-        "{kind}: the host could not provide guest memory at {gpa:#x} ({size} bytes, flags {flags:#x})"
-    )]
+    #[error("{kind}: the host could not provide guest memory at {gpa:#x} ({size} bytes, flags {flags:#x})")]
     MemoryFault {
         /// The backend.
         kind: AccelKind,
@@ -128,19 +120,12 @@ pub enum AccelError {
 impl AccelError {
     /// An [`AccelError::InvalidArgument`]; `detail` states the value and the rule that it breaks.
     pub fn invalid(what: &'static str, detail: impl Into<String>) -> Self {
-        Self::InvalidArgument {
-            what,
-            detail: detail.into(),
-        }
+        Self::InvalidArgument { what, detail: detail.into() }
     }
 
     /// An [`AccelError::Host`] from the operating system's error.
     pub fn host(op: &'static str, error: &std::io::Error) -> Self {
-        Self::Host {
-            op,
-            message: error.to_string(),
-            code: error.raw_os_error(),
-        }
+        Self::Host { op, message: error.to_string(), code: error.raw_os_error() }
     }
 
     /// True if the operation or the whole backend is just not there, so that a caller may try another way.
@@ -284,9 +269,7 @@ pub enum UnavailableReason {
         hint: &'static str,
     },
     /// The executable is not signed with the entitlement that the platform asks for.
-    #[error(
-        "the executable lacks the entitlement {entitlement}; sign it with codesign --entitlements"
-    )]
+    #[error("the executable lacks the entitlement {entitlement}; sign it with codesign --entitlements")]
     EntitlementMissing {
         /// The entitlement's name.
         entitlement: &'static str,
@@ -317,10 +300,7 @@ impl fmt::Display for GroupHint<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some("root") | None => f.write_str("its owner must grant this user access"),
-            Some(group) => write!(
-                f,
-                "add your user to group {group} (usermod -aG {group} USER) and log in again"
-            ),
+            Some(group) => write!(f, "add your user to group {group} (usermod -aG {group} USER) and log in again"),
         }
     }
 }
@@ -333,16 +313,10 @@ mod tests {
     fn permission_text_names_the_group() {
         let error = AccelError::Unavailable {
             kind: AccelKind::Kvm,
-            reason: UnavailableReason::PermissionDenied {
-                path: "/dev/kvm",
-                group: Some("kvm".into()),
-            },
+            reason: UnavailableReason::PermissionDenied { path: "/dev/kvm", group: Some("kvm".into()) },
         };
         let text = error.to_string();
-        assert!(
-            text.contains("/dev/kvm") && text.contains("group kvm"),
-            "{text}"
-        );
+        assert!(text.contains("/dev/kvm") && text.contains("group kvm"), "{text}");
         assert!(error.is_absent());
     }
 

@@ -122,10 +122,7 @@ macro_rules! impl_vcpu_new {
                 if shared < Self::RUN_AREA {
                     return Err($crate::AccelError::invalid(
                         "run area",
-                        format!(
-                            "the platform shares {shared} bytes per vCPU, {} are needed",
-                            Self::RUN_AREA
-                        ),
+                        format!("the platform shares {shared} bytes per vCPU, {} are needed", Self::RUN_AREA),
                     ));
                 }
                 Self::from_parts(::std::sync::Arc::clone(vm), id, vm.open_vcpu(id)?)
@@ -174,17 +171,10 @@ pub(crate) use struct_map;
 
 /// Checks that a conversion moves every register of its table, each into its own place.
 #[cfg(test)]
-pub(crate) fn assert_round_trip<T: crate::ToGuestRegs + crate::FromGuestRegs>(
-    map: &[crate::RegMapping],
-) {
+pub(crate) fn assert_round_trip<T: crate::ToGuestRegs + crate::FromGuestRegs>(map: &[crate::RegMapping]) {
     let mut regs = crate::GuestRegs::default();
     for (n, entry) in map.iter().enumerate() {
-        assert_eq!(
-            regs.get(entry.index),
-            0,
-            "{} shares its index with another register",
-            entry.name
-        );
+        assert_eq!(regs.get(entry.index), 0, "{} shares its index with another register", entry.name);
         regs.set(entry.index, 0x0101_0101_0101_0101 * (n as u64 + 1));
     }
     let back = T::from_guest_regs(&regs).and_then(|theirs| theirs.to_guest_regs());

@@ -359,30 +359,16 @@ pub trait VcpuOps: Send {
         loop {
             let exit = self.run()?;
             match exit {
-                VcpuExit::Io {
-                    port,
-                    direction: IoDirection::Out,
-                    size,
-                } => handler.io_write(port, size, self.io_data()?)?,
-                VcpuExit::Mmio {
-                    addr,
-                    is_write: true,
-                    ..
-                } => handler.mmio_write(addr, self.io_data()?)?,
-                VcpuExit::Io {
-                    port,
-                    direction: IoDirection::In,
-                    size,
-                } => {
+                VcpuExit::Io { port, direction: IoDirection::Out, size } => {
+                    handler.io_write(port, size, self.io_data()?)?
+                }
+                VcpuExit::Mmio { addr, is_write: true, .. } => handler.mmio_write(addr, self.io_data()?)?,
+                VcpuExit::Io { port, direction: IoDirection::In, size } => {
                     self.prepare_read(&mut buffer);
                     handler.io_read(port, size, &mut buffer)?;
                     self.complete_read(&buffer)?;
                 }
-                VcpuExit::Mmio {
-                    addr,
-                    is_write: false,
-                    ..
-                } => {
+                VcpuExit::Mmio { addr, is_write: false, .. } => {
                     self.prepare_read(&mut buffer);
                     handler.mmio_read(addr, &mut buffer)?;
                     self.complete_read(&buffer)?;
@@ -404,19 +390,13 @@ pub trait VcpuOps: Send {
 
     /// An [`AccelError::Unsupported`] of this vCPU's backend.
     fn unsupported(&self, what: &'static str) -> AccelError {
-        AccelError::Unsupported {
-            kind: self.kind(),
-            what,
-        }
+        AccelError::Unsupported { kind: self.kind(), what }
     }
 }
 
 impl fmt::Debug for dyn VcpuOps + '_ {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vcpu")
-            .field("kind", &self.kind())
-            .field("id", &self.get_id())
-            .finish_non_exhaustive()
+        f.debug_struct("Vcpu").field("kind", &self.kind()).field("id", &self.get_id()).finish_non_exhaustive()
     }
 }
 

@@ -18,12 +18,7 @@ pub enum End {
 
 /// Mounts what programs expect: `/proc`, `/sys`, `/dev` and a `/tmp` in memory.
 pub fn mount_all() {
-    for (kind, at) in [
-        ("proc", "/proc"),
-        ("sysfs", "/sys"),
-        ("devtmpfs", "/dev"),
-        ("tmpfs", "/tmp"),
-    ] {
+    for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         if let Err(error) = mount(kind, at) {
             println!("init: cannot mount {at}: {error}");
         }
@@ -34,20 +29,8 @@ fn mount(kind: &str, at: &str) -> io::Result<()> {
     fs::create_dir_all(at)?;
     let (kind, at) = (CString::new(kind)?, CString::new(at)?);
     // SAFETY: three strings that end with NUL and outlive the call; no file system here takes data.
-    let result = unsafe {
-        libc::mount(
-            kind.as_ptr(),
-            at.as_ptr(),
-            kind.as_ptr(),
-            0,
-            std::ptr::null(),
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let result = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Loads the kernel module in the file `path`.
@@ -57,13 +40,8 @@ fn mount(kind: &str, at: &str) -> io::Result<()> {
 pub fn load_module(path: &str) -> io::Result<()> {
     let file = File::open(path)?;
     // SAFETY: an open descriptor, a string that ends with NUL, no flags. The kernel checks the module.
-    let result =
-        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Ends the machine once everything written is out; a machine that cannot end stays idle.
@@ -82,10 +60,7 @@ pub fn end(how: End) -> ! {
     if let Some(command) = command {
         // SAFETY: takes a number, and comes back only if it failed.
         let result = unsafe { libc::reboot(command) };
-        println!(
-            "init: reboot answered {result}: {}",
-            io::Error::last_os_error()
-        );
+        println!("init: reboot answered {result}: {}", io::Error::last_os_error());
     }
     loop {
         std::thread::park();

@@ -43,9 +43,7 @@ const PSTATE: u64 = 0x3c5;
 
 /// True if it has the header of an uncompressed `Image`.
 pub(crate) fn is_image(image: &[u8]) -> bool {
-    image
-        .get(MAGIC as usize..)
-        .is_some_and(|rest| rest.starts_with(IMAGE_MAGIC))
+    image.get(MAGIC as usize..).is_some_and(|rest| rest.starts_with(IMAGE_MAGIC))
 }
 
 /// True if it may unpack to an `Image`.
@@ -71,17 +69,10 @@ fn unpack<'a>(view: View<'a>, limit: u64) -> Result<Cow<'a, [u8]>, BootError> {
     let mut image = Vec::new();
     let mut decoder = flate2::read::GzDecoder::new(packed).take(limit.saturating_add(1));
     decoder.read_to_end(&mut image).map_err(|error| {
-        view.malformed(
-            "the compressed data",
-            format!("is damaged after {} unpacked bytes: {error}", image.len()),
-        )
+        view.malformed("the compressed data", format!("is damaged after {} unpacked bytes: {error}", image.len()))
     })?;
     if image.len() as u64 > limit {
-        return Err(BootError::TooLarge {
-            what: "the unpacked kernel".to_owned(),
-            size: image.len() as u64,
-            limit,
-        });
+        return Err(BootError::TooLarge { what: "the unpacked kernel".to_owned(), size: image.len() as u64, limit });
     }
     Ok(Cow::Owned(image))
 }
@@ -106,20 +97,14 @@ fn check_sections(view: View<'_>) -> Result<(), BootError> {
 }
 
 /// Plans an `Image`.
-pub(crate) fn image<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn image<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     const WHAT: &str = "the kernel (text_offset, image_size)";
     let protocol = Protocol::Image;
     let image = unpack(request.view(protocol), request.memory.ram_size())?;
     let view = View::new(&image, protocol);
     view.bytes("the header", 0, HEADER_SIZE)?;
     if !is_image(&image) {
-        return Err(view.malformed(
-            "the magic number",
-            "(ARM\\x64 at offset 56) is not there; this is no arm64 Image",
-        ));
+        return Err(view.malformed("the magic number", "(ARM\\x64 at offset 56) is not there; this is no arm64 Image"));
     }
     check_sections(view)?;
     if view.u64("flags", FLAGS)? & FLAG_BIG_ENDIAN != 0 {
@@ -130,15 +115,9 @@ pub(crate) fn image<'a>(
         // More in the file than that is a signature or the like.
         size => (view.u64("text_offset", TEXT_OFFSET)?, size.max(view.len())),
     };
-    let needed = text_offset
-        .checked_add(size)
-        .filter(|&needed| needed <= MAX_ADDRESS)
-        .ok_or_else(|| {
-            view.malformed(
-                "text_offset",
-                format!("({text_offset:#x}) and image_size ({size:#x}) are too large"),
-            )
-        })?;
+    let needed = text_offset.checked_add(size).filter(|&needed| needed <= MAX_ADDRESS).ok_or_else(|| {
+        view.malformed("text_offset", format!("({text_offset:#x}) and image_size ({size:#x}) are too large"))
+    })?;
     let zeros = size - view.len();
     // What precedes the kernel in its block is reserved too: kernels before 4.6 cannot use it, and nobody misses it.
     let base = builder.reserve(WHAT, needed, BLOCK, 0..MAX_ADDRESS, Side::Bottom)?;
@@ -148,17 +127,13 @@ pub(crate) fn image<'a>(
 }
 
 /// Plans an ELF kernel, or one that runs where its headers say.
-pub(crate) fn elf<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn elf<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let elf = Elf::parse(request.view(Protocol::Elf))?;
     elf::require_machine(&elf, &[elf::EM_AARCH64], "183 (aarch64)")?;
     if !elf.is_64bit {
-        return Err(request.view(Protocol::Elf).malformed(
-            "e_ident[EI_CLASS]",
-            "is 1: a 32-bit file for a 64-bit machine",
-        ));
+        return Err(request
+            .view(Protocol::Elf)
+            .malformed("e_ident[EI_CLASS]", "is 1: a 32-bit file for a 64-bit machine"));
     }
     let entry = elf.physical_entry()?;
     let end = elf.place(&mut builder)?;
@@ -166,16 +141,11 @@ pub(crate) fn elf<'a>(
 }
 
 /// Plans a flat binary at the given address.
-pub(crate) fn flat<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn flat<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let (address, size) = (request.flat_address, request.image.len() as u64);
     if !address.is_multiple_of(4) {
         let detail = format!("({address:#x}) is not a multiple of 4, as instructions are");
-        return Err(request
-            .view(Protocol::Flat)
-            .malformed("the load address", detail));
+        return Err(request.view(Protocol::Flat).malformed("the load address", detail));
     }
     builder.place("the binary", address, size, request.image)?;
     finish(request, Protocol::Flat, builder, address, address + size)
@@ -190,13 +160,7 @@ fn finish<'a>(
     kernel_end: u64,
 ) -> Result<BootPlan<'a>, BootError> {
     // In the blocks behind the kernel: kernels before 4.2 want it within 512 MiB.
-    let tree = builder.reserve(
-        "the device tree",
-        BLOCK,
-        BLOCK,
-        kernel_end..MAX_ADDRESS,
-        Side::Bottom,
-    )?;
+    let tree = builder.reserve("the device tree", BLOCK, BLOCK, kernel_end..MAX_ADDRESS, Side::Bottom)?;
     builder.device_tree = Some(tree..tree + BLOCK);
     if let Some(data) = request.initrd(protocol)? {
         let window = entry & !(GIB - 1);
@@ -204,11 +168,7 @@ fn finish<'a>(
         let address = builder.put("the initial RAM disk", data, PAGE, window, Side::Top)?;
         builder.initrd = Some(address..address + data.len() as u64);
     }
-    let mut regs = GuestRegs {
-        pc: entry,
-        flags: PSTATE,
-        ..GuestRegs::default()
-    };
+    let mut regs = GuestRegs { pc: entry, flags: PSTATE, ..GuestRegs::default() };
     regs.gpr[Reg::X0 as usize] = tree;
     Ok(builder.finish(BootState::Aarch64(regs)))
 }

@@ -12,93 +12,29 @@ const MISTAKEN: &[(usize, &[u8], &str)] = &[
     (0, b"GIF8", "it looks like a GIF picture"),
     (0, b"%PDF", "it looks like a PDF document"),
     (0, b"#!", "it looks like a script"),
-    (
-        0,
-        b"PK\x03\x04",
-        "it looks like a ZIP archive; unpack it first",
-    ),
-    (
-        0,
-        b"!<arch>",
-        "it looks like a package or a library archive; unpack it first",
-    ),
-    (
-        0,
-        b"\xed\xab\xee\xdb",
-        "it looks like an RPM package; unpack it first",
-    ),
-    (
-        257,
-        b"ustar",
-        "it looks like a tar archive; unpack it first",
-    ),
-    (
-        0,
-        b"070701",
-        "it looks like an initial RAM disk (cpio); give it as the initrd, with a kernel",
-    ),
-    (
-        0,
-        b"070702",
-        "it looks like an initial RAM disk (cpio); give it as the initrd, with a kernel",
-    ),
-    (
-        0,
-        b"\x1f\x8b",
-        "it is gzip-compressed (an initial RAM disk, or a kernel to unpack first)",
-    ),
-    (
-        0,
-        b"\xfd7zXZ",
-        "it is xz-compressed (an initial RAM disk, or a kernel to unpack first)",
-    ),
-    (
-        0,
-        b"\x28\xb5\x2f\xfd",
-        "it is zstd-compressed (an initial RAM disk, or a kernel to unpack first)",
-    ),
-    (
-        0,
-        b"\x02\x21\x4c\x18",
-        "it is lz4-compressed (an initial RAM disk, or a kernel to unpack first)",
-    ),
+    (0, b"PK\x03\x04", "it looks like a ZIP archive; unpack it first"),
+    (0, b"!<arch>", "it looks like a package or a library archive; unpack it first"),
+    (0, b"\xed\xab\xee\xdb", "it looks like an RPM package; unpack it first"),
+    (257, b"ustar", "it looks like a tar archive; unpack it first"),
+    (0, b"070701", "it looks like an initial RAM disk (cpio); give it as the initrd, with a kernel"),
+    (0, b"070702", "it looks like an initial RAM disk (cpio); give it as the initrd, with a kernel"),
+    (0, b"\x1f\x8b", "it is gzip-compressed (an initial RAM disk, or a kernel to unpack first)"),
+    (0, b"\xfd7zXZ", "it is xz-compressed (an initial RAM disk, or a kernel to unpack first)"),
+    (0, b"\x28\xb5\x2f\xfd", "it is zstd-compressed (an initial RAM disk, or a kernel to unpack first)"),
+    (0, b"\x02\x21\x4c\x18", "it is lz4-compressed (an initial RAM disk, or a kernel to unpack first)"),
     (0, b"BZh", "it is bzip2-compressed; unpack it first"),
-    (
-        0,
-        b"QFI\xfb",
-        "it looks like a qcow2 disk image; a kernel is needed to boot from a disk",
-    ),
-    (
-        0x8001,
-        b"CD001",
-        "it looks like a CD or DVD image; a kernel is needed to boot from it",
-    ),
-    (
-        512,
-        b"EFI PART",
-        "it looks like a disk image; a kernel is needed to boot from a disk",
-    ),
-    (
-        0,
-        b"\x27\x05\x19\x56",
-        "it looks like a U-Boot image; give the kernel inside it",
-    ),
-    (
-        0,
-        b"\xd0\x0d\xfe\xed",
-        "it looks like a device tree or a FIT image; give the kernel inside it",
-    ),
+    (0, b"QFI\xfb", "it looks like a qcow2 disk image; a kernel is needed to boot from a disk"),
+    (0x8001, b"CD001", "it looks like a CD or DVD image; a kernel is needed to boot from it"),
+    (512, b"EFI PART", "it looks like a disk image; a kernel is needed to boot from a disk"),
+    (0, b"\x27\x05\x19\x56", "it looks like a U-Boot image; give the kernel inside it"),
+    (0, b"\xd0\x0d\xfe\xed", "it looks like a device tree or a FIT image; give the kernel inside it"),
     (0, b"\xcf\xfa\xed\xfe", "it looks like a program for macOS"),
     (
         0,
         b"MZ",
         "it looks like an EFI application or a program for Windows; EFI applications need a firmware image to run",
     ),
-    (
-        510,
-        b"\x55\xaa",
-        "it looks like a disk image; to run its boot sector in real mode, choose the protocol flat",
-    ),
+    (510, b"\x55\xaa", "it looks like a disk image; to run its boot sector in real mode, choose the protocol flat"),
 ];
 
 /// The protocol of an image.
@@ -118,10 +54,7 @@ pub(crate) fn detect(image: &[u8], arch: GuestArch) -> Result<Protocol, BootErro
     }
     if let Some((.., guess)) = MISTAKEN.iter().find(|(offset, magic, _)| {
         // A boot sector alone is for the flat protocol, which takes no more than it.
-        image
-            .get(*offset..)
-            .is_some_and(|rest| rest.starts_with(magic))
-            && !flat::is_boot_sector(image)
+        image.get(*offset..).is_some_and(|rest| rest.starts_with(magic)) && !flat::is_boot_sector(image)
     }) {
         return Err(BootError::Unrecognised { guess });
     }
@@ -131,10 +64,7 @@ pub(crate) fn detect(image: &[u8], arch: GuestArch) -> Result<Protocol, BootErro
     if flat::is_firmware(image) {
         return Ok(Protocol::Firmware);
     }
-    let text = image
-        .iter()
-        .take(512)
-        .all(|&byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
+    let text = image.iter().take(512).all(|&byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
     Err(BootError::Unrecognised {
         guess: if text {
             "it looks like a text file"

@@ -60,34 +60,23 @@ impl<'a> Elf<'a> {
             ELFCLASS32 => false,
             ELFCLASS64 => true,
             other => {
-                return Err(
-                    view.malformed("e_ident[EI_CLASS]", format!("is {other}, neither 1 nor 2"))
-                );
+                return Err(view.malformed("e_ident[EI_CLASS]", format!("is {other}, neither 1 nor 2")));
             }
         };
         if view.u8("e_ident[EI_DATA]", 5)? != ELFDATA2LSB {
-            return Err(view.malformed(
-                "e_ident[EI_DATA]",
-                "is not 1: only little-endian files can be loaded",
-            ));
+            return Err(view.malformed("e_ident[EI_DATA]", "is not 1: only little-endian files can be loaded"));
         }
         let kind = view.u16("e_type", 16)?;
         if kind != ET_EXEC && kind != ET_DYN {
             return Err(view.malformed(
                 "e_type",
-                format!(
-                    "is {kind}, not an executable (2 or 3): an object file must be linked first"
-                ),
+                format!("is {kind}, not an executable (2 or 3): an object file must be linked first"),
             ));
         }
         let machine = view.u16("e_machine", 18)?;
         // Offset and width of the fields that differ between the classes.
         let word = |field, at32, at64| {
-            if is_64bit {
-                view.u64(field, at64)
-            } else {
-                view.u32(field, at32).map(u64::from)
-            }
+            if is_64bit { view.u64(field, at64) } else { view.u32(field, at32).map(u64::from) }
         };
         let half = |field, at32, at64| view.u16(field, if is_64bit { at64 } else { at32 });
         let entry = word("e_entry", 24, 24)?;
@@ -102,32 +91,18 @@ impl<'a> Elf<'a> {
             return Err(view.malformed("e_phentsize", format!("is {stride}, not {expected}")));
         }
         let bytes = u64::from(count) * u64::from(stride);
-        let headers = View::new(
-            view.bytes("the program header table", table, bytes)?,
-            view.protocol,
-        );
+        let headers = View::new(view.bytes("the program header table", table, bytes)?, view.protocol);
         let segments: Vec<_> = (0..u64::from(count))
             .map(|index| Segment::parse(headers, index * u64::from(stride), is_64bit))
             .collect::<Result<_, _>>()?;
         if segments.iter().any(|segment| segment.kind == PT_INTERP) {
-            return Err(view.malformed(
-                "PT_INTERP",
-                "is present: this is a user program, not a kernel",
-            ));
+            return Err(view.malformed("PT_INTERP", "is present: this is a user program, not a kernel"));
         }
-        Ok(Self {
-            view,
-            machine,
-            is_64bit,
-            entry,
-            segments,
-        })
+        Ok(Self { view, machine, is_64bit, entry, segments })
     }
 
     fn loaded(&self) -> impl Iterator<Item = &Segment> {
-        self.segments
-            .iter()
-            .filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0)
+        self.segments.iter().filter(|segment| segment.kind == PT_LOAD && segment.memory_size > 0)
     }
 
     /// Puts the loadable segments at their physical addresses. Returns the address behind the highest.
@@ -137,30 +112,16 @@ impl<'a> Elf<'a> {
             if segment.file_size > segment.memory_size {
                 return Err(self.view.malformed(
                     "p_filesz",
-                    format!(
-                        "({:#x}) is larger than p_memsz ({:#x})",
-                        segment.file_size, segment.memory_size
-                    ),
+                    format!("({:#x}) is larger than p_memsz ({:#x})", segment.file_size, segment.memory_size),
                 ));
             }
-            let data = self.view.bytes(
-                "a loadable segment (p_offset, p_filesz)",
-                segment.offset,
-                segment.file_size,
-            )?;
-            builder.place(
-                "kernel segment (p_paddr, p_memsz)",
-                segment.paddr,
-                segment.memory_size,
-                data,
-            )?;
+            let data = self.view.bytes("a loadable segment (p_offset, p_filesz)", segment.offset, segment.file_size)?;
+            builder.place("kernel segment (p_paddr, p_memsz)", segment.paddr, segment.memory_size, data)?;
             // Inside RAM, as `place` has found, so the sum is exact.
             end = end.max(segment.paddr.saturating_add(segment.memory_size));
         }
         if end == 0 {
-            return Err(self
-                .view
-                .malformed("the program header table", "has no loadable segment"));
+            return Err(self.view.malformed("the program header table", "has no loadable segment"));
         }
         Ok(end)
     }
@@ -168,58 +129,28 @@ impl<'a> Elf<'a> {
     /// The physical address at which execution begins. Linkers leave a virtual address in `e_entry` unless told
     /// otherwise; one that is no physical address of the image but a virtual one is translated.
     pub(crate) fn physical_entry(&self) -> Result<u64, BootError> {
-        let inside = |start: u64, size: u64| {
-            self.entry
-                .checked_sub(start)
-                .filter(|&offset| offset < size)
-        };
-        let physical = self
-            .loaded()
-            .find(|s| inside(s.paddr, s.memory_size).is_some())
-            .map(|_| self.entry);
-        let translated = || {
-            self.loaded()
-                .find_map(|s| inside(s.vaddr, s.memory_size)?.checked_add(s.paddr))
-        };
-        physical.or_else(translated).ok_or_else(|| {
-            self.view.malformed(
-                "e_entry",
-                format!("({:#x}) is in no loadable segment", self.entry),
-            )
-        })
+        let inside = |start: u64, size: u64| self.entry.checked_sub(start).filter(|&offset| offset < size);
+        let physical = self.loaded().find(|s| inside(s.paddr, s.memory_size).is_some()).map(|_| self.entry);
+        let translated = || self.loaded().find_map(|s| inside(s.vaddr, s.memory_size)?.checked_add(s.paddr));
+        physical
+            .or_else(translated)
+            .ok_or_else(|| self.view.malformed("e_entry", format!("({:#x}) is in no loadable segment", self.entry)))
     }
 
     /// True if a loadable segment covers physical address `address`.
     pub(crate) fn covers(&self, address: u64) -> bool {
-        self.loaded().any(|s| {
-            address
-                .checked_sub(s.paddr)
-                .is_some_and(|offset| offset < s.memory_size)
-        })
+        self.loaded().any(|s| address.checked_sub(s.paddr).is_some_and(|offset| offset < s.memory_size))
     }
 
     /// The PVH entry point, if a note offers one.
     pub(crate) fn pvh_entry(&self) -> Result<Option<u64>, BootError> {
         let mut budget = MAX_NOTE_BYTES;
-        for segment in self
-            .segments
-            .iter()
-            .filter(|segment| segment.kind == PT_NOTE)
-        {
+        for segment in self.segments.iter().filter(|segment| segment.kind == PT_NOTE) {
             budget = budget.checked_sub(segment.file_size).ok_or_else(|| {
-                self.view.malformed(
-                    "p_filesz",
-                    format!("of the notes adds up to more than {MAX_NOTE_BYTES:#x}"),
-                )
+                self.view.malformed("p_filesz", format!("of the notes adds up to more than {MAX_NOTE_BYTES:#x}"))
             })?;
-            let notes = self.view.bytes(
-                "a note segment (p_offset, p_filesz)",
-                segment.offset,
-                segment.file_size,
-            )?;
-            if let Some(entry) =
-                self.find_note(View::new(notes, self.view.protocol), segment.align)?
-            {
+            let notes = self.view.bytes("a note segment (p_offset, p_filesz)", segment.offset, segment.file_size)?;
+            if let Some(entry) = self.find_note(View::new(notes, self.view.protocol), segment.align)? {
                 return Ok(Some(entry));
             }
         }
@@ -241,19 +172,12 @@ impl<'a> Elf<'a> {
             if kind == XEN_ELFNOTE_PHYS32_ENTRY && name == b"Xen\0" {
                 let value = View::new(desc, self.view.protocol);
                 return match desc_size {
-                    4 => value
-                        .u32("the PVH note", 0)
-                        .map(|entry| Some(u64::from(entry))),
+                    4 => value.u32("the PVH note", 0).map(|entry| Some(u64::from(entry))),
                     8 => value.u64("the PVH note", 0).map(Some),
-                    _ => Err(self.view.malformed(
-                        "the PVH note",
-                        format!("has {desc_size} bytes, neither 4 nor 8"),
-                    )),
+                    _ => Err(self.view.malformed("the PVH note", format!("has {desc_size} bytes, neither 4 nor 8"))),
                 };
             }
-            at = (desc_at + desc_size)
-                .next_multiple_of(align)
-                .min(notes.len());
+            at = (desc_at + desc_size).next_multiple_of(align).min(notes.len());
         }
         Ok(None)
     }
@@ -262,11 +186,7 @@ impl<'a> Elf<'a> {
 impl Segment {
     fn parse(headers: View<'_>, at: u64, is_64bit: bool) -> Result<Self, BootError> {
         let field = |name, at32, at64| {
-            if is_64bit {
-                headers.u64(name, at + at64)
-            } else {
-                headers.u32(name, at + at32).map(u64::from)
-            }
+            if is_64bit { headers.u64(name, at + at64) } else { headers.u32(name, at + at32).map(u64::from) }
         };
         Ok(Self {
             kind: headers.u32("p_type", at)?,
@@ -281,17 +201,11 @@ impl Segment {
 }
 
 /// Refuses an ELF file of another machine than those in `allowed`.
-pub(crate) fn require_machine(
-    elf: &Elf<'_>,
-    allowed: &[u16],
-    needed: &'static str,
-) -> Result<(), BootError> {
+pub(crate) fn require_machine(elf: &Elf<'_>, allowed: &[u16], needed: &'static str) -> Result<(), BootError> {
     if allowed.contains(&elf.machine) {
         return Ok(());
     }
-    Err(elf
-        .view
-        .malformed("e_machine", format!("is {}, not {needed}", elf.machine)))
+    Err(elf.view.malformed("e_machine", format!("is {}, not {needed}", elf.machine)))
 }
 
 /// An entry point must be one that 32-bit code or the boot page tables reach.
@@ -299,9 +213,5 @@ pub(crate) fn require_below_4_gib(entry: u64, protocol: Protocol) -> Result<u64,
     if entry < super::x86::FOUR_GIB {
         return Ok(entry);
     }
-    Err(BootError::Malformed {
-        protocol,
-        field: "the entry point",
-        detail: format!("({entry:#x}) is not below 4 GiB"),
-    })
+    Err(BootError::Malformed { protocol, field: "the entry point", detail: format!("({entry:#x}) is not below 4 GiB") })
 }

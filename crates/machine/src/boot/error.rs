@@ -103,9 +103,7 @@ pub enum BootError {
         usable: u64,
     },
     /// Two parts would be at the same address.
-    #[error(
-        "{protocol}: {what} ({start:#x} to {end:#x}) overlaps {other} ({other_start:#x} to {other_end:#x})"
-    )]
+    #[error("{protocol}: {what} ({start:#x} to {end:#x}) overlaps {other} ({other_start:#x} to {other_end:#x})")]
     Overlap {
         /// The kind of image.
         protocol: Protocol,

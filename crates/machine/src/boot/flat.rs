@@ -42,33 +42,24 @@ pub(crate) fn is_firmware(image: &[u8]) -> bool {
     // UEFI may have any code there, but begins with a firmware volume (UEFI PI 1.8, vol. 3, 3.2.1). Its store of
     // variables does too, and has nothing there.
     let is_volume = image[FIRMWARE_VOLUME_MAGIC_AT..].starts_with(b"_FVH");
-    jumps.iter().any(|jump| vector.starts_with(jump))
-        || (is_volume && vector.iter().any(|&byte| byte != 0xff))
+    jumps.iter().any(|jump| vector.starts_with(jump)) || (is_volume && vector.iter().any(|&byte| byte != 0xff))
 }
 
 /// Plans a binary that runs in real mode where it is loaded.
 ///
 /// Below 64 KiB CS is 0 and IP the address, so that code may be linked at its absolute address; above, CS:IP is address/16
 /// and the rest. The data segments and SS are 0, SP is below the binary, DL names the first hard disk.
-pub(crate) fn real_mode<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn real_mode<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let protocol = Protocol::Flat;
     request.takes_no_arguments(protocol)?;
     let address = request.flat_address;
     let size = request.image.len() as u64;
     if address >= REAL_MODE_END {
-        let detail =
-            format!("({address:#x}) is not below 1 MiB, which is all that real mode reaches");
+        let detail = format!("({address:#x}) is not below 1 MiB, which is all that real mode reaches");
         return Err(request.view(protocol).malformed("the load address", detail));
     }
     builder.place("the binary", address, size, request.image)?;
-    let (selector, ip) = if address < SEGMENT_SIZE {
-        (0, address)
-    } else {
-        ((address >> 4) as u16, address & 0xf)
-    };
+    let (selector, ip) = if address < SEGMENT_SIZE { (0, address) } else { ((address >> 4) as u16, address & 0xf) };
     let stack = if (LOWEST_STACK..SEGMENT_SIZE).contains(&address) {
         address & !1
     } else if address < LOWEST_STACK {
@@ -78,10 +69,7 @@ pub(crate) fn real_mode<'a>(
         super::DEFAULT_FLAT_ADDRESS
     };
     let mut sregs = x86::real_mode();
-    sregs.cs = Segment {
-        segment_type: 0xb,
-        ..Segment::real_mode(selector)
-    };
+    sregs.cs = Segment { segment_type: 0xb, ..Segment::real_mode(selector) };
     let state = BootState::X86(X86BootState {
         mode: X86Mode::Real,
         regs: x86::registers(ip, &[(Reg::Rsp, stack), (Reg::Rdx, FIRST_HARD_DISK)]),
@@ -93,10 +81,7 @@ pub(crate) fn real_mode<'a>(
 /// Plans a firmware image: read-only below 4 GiB, a writable copy of its end below 1 MiB, the CPU as after reset.
 ///
 /// The copy is RAM because BIOSes run from it and store to it, which a PC's chipset lets them do after a while.
-pub(crate) fn firmware<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn firmware<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let protocol = Protocol::Firmware;
     request.takes_no_arguments(protocol)?;
     let image = request.image;
@@ -108,15 +93,10 @@ pub(crate) fn firmware<'a>(
     let base = FOUR_GIB - size;
     let legacy = size.min(LEGACY_SIZE);
     let legacy_base = REAL_MODE_END - legacy;
-    for (gpa, end, what) in [
-        (base, FOUR_GIB, "the firmware"),
-        (legacy_base, REAL_MODE_END, "the firmware's legacy copy"),
-    ] {
-        if let Some(other) = request
-            .memory
-            .ram()
-            .find(|ram| ram.base < end && gpa < ram.end())
-        {
+    for (gpa, end, what) in
+        [(base, FOUR_GIB, "the firmware"), (legacy_base, REAL_MODE_END, "the firmware's legacy copy")]
+    {
+        if let Some(other) = request.memory.ram().find(|ram| ram.base < end && gpa < ram.end()) {
             return Err(BootError::Overlap {
                 protocol,
                 what,
@@ -129,12 +109,7 @@ pub(crate) fn firmware<'a>(
         }
     }
     builder.mappings = vec![
-        Mapping {
-            what: "firmware",
-            gpa: base,
-            data: image,
-            writable: false,
-        },
+        Mapping { what: "firmware", gpa: base, data: image, writable: false },
         Mapping {
             what: "firmware (legacy copy)",
             gpa: legacy_base,
@@ -142,17 +117,10 @@ pub(crate) fn firmware<'a>(
             writable: true,
         },
     ];
-    let table = DescriptorTable {
-        base: 0,
-        limit: 0xffff,
-    };
+    let table = DescriptorTable { base: 0, limit: 0xffff };
     let sregs = X86Sregs {
         // Selector and base do not match until the first far jump (Intel SDM vol. 3, 10.1.4).
-        cs: Segment {
-            segment_type: 0xb,
-            base: 0xffff_0000,
-            ..Segment::real_mode(0xf000)
-        },
+        cs: Segment { segment_type: 0xb, base: 0xffff_0000, ..Segment::real_mode(0xf000) },
         gdt: table,
         idt: table,
         // Caches off until the firmware turns them on.

@@ -65,10 +65,7 @@ impl MemoryMap {
     pub fn new(mut ranges: Vec<MemoryRange>) -> Result<Self, BootError> {
         let invalid = |detail| Err(BootError::MemoryMap { detail });
         if ranges.len() > MAX_RANGES {
-            return invalid(format!(
-                "{} entries, at most {MAX_RANGES} are allowed",
-                ranges.len()
-            ));
+            return invalid(format!("{} entries, at most {MAX_RANGES} are allowed", ranges.len()));
         }
         ranges.sort_by_key(|range| range.base);
         for range in &ranges {
@@ -107,9 +104,7 @@ impl MemoryMap {
 
     /// The ranges of usable RAM.
     pub(crate) fn ram(&self) -> impl Iterator<Item = &MemoryRange> {
-        self.ranges
-            .iter()
-            .filter(|range| range.kind == MemoryKind::Ram)
+        self.ranges.iter().filter(|range| range.kind == MemoryKind::Ram)
     }
 }
 
@@ -139,20 +134,11 @@ impl Layout {
                 _ => ram.push(range.base..range.end()),
             }
         }
-        Self {
-            protocol,
-            ram,
-            claims: BTreeMap::new(),
-        }
+        Self { protocol, ram, claims: BTreeMap::new() }
     }
 
     /// Takes `size` bytes at `start`, which the image dictates. Nothing is taken if `size` is 0.
-    pub(crate) fn claim(
-        &mut self,
-        what: &'static str,
-        start: u64,
-        size: u64,
-    ) -> Result<(), BootError> {
+    pub(crate) fn claim(&mut self, what: &'static str, start: u64, size: u64) -> Result<(), BootError> {
         if size == 0 {
             return Ok(());
         }
@@ -160,28 +146,14 @@ impl Layout {
         let region = self.ram.iter().find(|ram| ram.contains(&start));
         let usable = region.map_or(0, |ram| ram.end - start);
         if usable < size {
-            return Err(BootError::OutsideRam {
-                protocol,
-                what,
-                start,
-                size,
-                usable,
-            });
+            return Err(BootError::OutsideRam { protocol, what, start, size, usable });
         }
         let end = start + size;
         // Claims do not overlap each other, so the last that begins below our end is the only one that can reach us.
         if let Some((&other_start, &(other_end, other))) = self.claims.range(..end).next_back()
             && other_end > start
         {
-            return Err(BootError::Overlap {
-                protocol,
-                what,
-                start,
-                end,
-                other,
-                other_start,
-                other_end,
-            });
+            return Err(BootError::Overlap { protocol, what, start, end, other, other_start, other_end });
         }
         self.claims.insert(start, (end, what));
         Ok(())
@@ -208,10 +180,7 @@ impl Layout {
             if let Some((_, &(end, _))) = self.claims.range(..low).next_back() {
                 low = low.max(end);
             }
-            let ends = self
-                .claims
-                .range(low.min(high)..high)
-                .map(|(&start, &(end, _))| (start, end));
+            let ends = self.claims.range(low.min(high)..high).map(|(&start, &(end, _))| (start, end));
             for (hole_end, next) in ends.chain([(high, high)]) {
                 if let Some(address) = fit(low..hole_end, size, align, from) {
                     found = Some(address);
@@ -253,11 +222,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn ram(base: u64, size: u64) -> MemoryRange {
-        MemoryRange {
-            base,
-            size,
-            kind: MemoryKind::Ram,
-        }
+        MemoryRange { base, size, kind: MemoryKind::Ram }
     }
 
     fn layout(ranges: &[MemoryRange]) -> Layout {
@@ -273,10 +238,7 @@ mod tests {
             vec![ram(0x1000, 0x1000), ram(0, 0x1001)],
             (0..=MAX_RANGES as u64).map(|i| ram(i * 2, 1)).collect(),
         ] {
-            assert!(matches!(
-                MemoryMap::new(bad),
-                Err(BootError::MemoryMap { .. })
-            ));
+            assert!(matches!(MemoryMap::new(bad), Err(BootError::MemoryMap { .. })));
         }
         let map = MemoryMap::new(vec![ram(0x2000, 0x1000), ram(0, 0x1000)]).unwrap();
         assert_eq!(map.ranges()[0].base, 0);
@@ -288,18 +250,9 @@ mod tests {
         let mut layout = layout(&[ram(0, 0x1000), ram(0x1000, 0x1000), ram(0x3000, 0x1000)]);
         layout.claim("a", 0x800, 0x1000).unwrap();
         let error = layout.claim("b", 0x1800, 0x1000).unwrap_err();
-        assert!(
-            matches!(error, BootError::OutsideRam { usable: 0x800, .. }),
-            "{error}"
-        );
-        assert!(matches!(
-            layout.claim("c", 0x9000, 1),
-            Err(BootError::OutsideRam { usable: 0, .. })
-        ));
-        assert!(matches!(
-            layout.claim("d", 0x800, u64::MAX),
-            Err(BootError::OutsideRam { .. })
-        ));
+        assert!(matches!(error, BootError::OutsideRam { usable: 0x800, .. }), "{error}");
+        assert!(matches!(layout.claim("c", 0x9000, 1), Err(BootError::OutsideRam { usable: 0, .. })));
+        assert!(matches!(layout.claim("d", 0x800, u64::MAX), Err(BootError::OutsideRam { .. })));
     }
 
     #[test]
@@ -319,33 +272,11 @@ mod tests {
         let mut layout = layout(&[ram(0x1000, 0x9000), ram(0x10000, 0x8000)]);
         layout.claim("x", 0x1000, 0x10).unwrap();
         layout.claim("y", 0x17000, 0x1000).unwrap();
-        assert_eq!(
-            layout
-                .allocate("a", 0x10, 0x1000, 0..1 << 20, Side::Bottom)
-                .unwrap(),
-            0x2000
-        );
-        assert_eq!(
-            layout
-                .allocate("b", 0x1001, 0x1000, 0..1 << 20, Side::Top)
-                .unwrap(),
-            0x15000
-        );
-        assert_eq!(
-            layout
-                .allocate("c", 0x1000, 0x1000, 0..0xa000, Side::Top)
-                .unwrap(),
-            0x9000
-        );
-        assert!(matches!(
-            layout.allocate("d", 0x9000, 1, 0..1 << 20, Side::Top),
-            Err(BootError::NoRoom { .. })
-        ));
-        assert!(
-            layout
-                .allocate("e", u64::MAX, 1 << 40, 0..u64::MAX, Side::Bottom)
-                .is_err()
-        );
+        assert_eq!(layout.allocate("a", 0x10, 0x1000, 0..1 << 20, Side::Bottom).unwrap(), 0x2000);
+        assert_eq!(layout.allocate("b", 0x1001, 0x1000, 0..1 << 20, Side::Top).unwrap(), 0x15000);
+        assert_eq!(layout.allocate("c", 0x1000, 0x1000, 0..0xa000, Side::Top).unwrap(), 0x9000);
+        assert!(matches!(layout.allocate("d", 0x9000, 1, 0..1 << 20, Side::Top), Err(BootError::NoRoom { .. })));
+        assert!(layout.allocate("e", u64::MAX, 1 << 40, 0..u64::MAX, Side::Bottom).is_err());
     }
 
     proptest! {

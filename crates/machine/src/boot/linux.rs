@@ -64,19 +64,13 @@ const VMLINUX_CMDLINE_SIZE: usize = 2047;
 
 /// True if the file has the setup header's magic numbers.
 pub(crate) fn is_bzimage(image: &[u8]) -> bool {
-    image
-        .get(HEADER as usize..)
-        .is_some_and(|rest| rest.starts_with(HDRS))
+    image.get(HEADER as usize..).is_some_and(|rest| rest.starts_with(HDRS))
 }
 
 /// The protocol by which a `bzImage` is best entered: the 64-bit entry if it has one.
 pub(crate) fn preferred_entry(view: View<'_>) -> Result<Protocol, BootError> {
     let setup = Setup::parse(view)?;
-    Ok(if setup.xloadflags & XLF_KERNEL_64 != 0 {
-        Protocol::Linux
-    } else {
-        Protocol::Linux32
-    })
+    Ok(if setup.xloadflags & XLF_KERNEL_64 != 0 { Protocol::Linux } else { Protocol::Linux32 })
 }
 
 /// The setup header of a `bzImage`, checked as far as it goes without knowing the guest.
@@ -100,25 +94,18 @@ struct Setup<'a> {
 impl<'a> Setup<'a> {
     fn parse(view: View<'a>) -> Result<Self, BootError> {
         if view.bytes("the setup header's magic number", HEADER, 4)? != HDRS {
-            return Err(view.malformed(
-                "the setup header's magic number",
-                "is not there; this is no bzImage",
-            ));
+            return Err(view.malformed("the setup header's magic number", "is not there; this is no bzImage"));
         }
         let boot_flag = view.u16("boot_flag", BOOT_FLAG)?;
         if boot_flag != BOOT_MAGIC {
-            return Err(view.malformed(
-                "boot_flag",
-                format!("is {boot_flag:#x}, not {BOOT_MAGIC:#x}"),
-            ));
+            return Err(view.malformed("boot_flag", format!("is {boot_flag:#x}, not {BOOT_MAGIC:#x}")));
         }
         let version = view.u16("version", VERSION)?;
         if version < 0x202 {
             return Err(view.unsupported("its boot protocol is older than 2.02 (Linux 2.4)"));
         }
         if view.u8("loadflags", LOADFLAGS)? & LOADED_HIGH == 0 {
-            return Err(view
-                .unsupported("it is a zImage, which is loaded low; only bzImages can be loaded"));
+            return Err(view.unsupported("it is a zImage, which is loaded low; only bzImages can be loaded"));
         }
         // The jump over the header ends it: its operand counts from the byte behind it.
         let end = HEADER + u64::from(view.u8("the jump over the setup header", JUMP)?);
@@ -132,11 +119,7 @@ impl<'a> Setup<'a> {
         // A field counts from the protocol version that defined it.
         let since = |needed: u16| version >= needed;
         let u32_since = |needed, field, at, old: u32| {
-            if since(needed) {
-                view.u32(field, at)
-            } else {
-                Ok(old)
-            }
+            if since(needed) { view.u32(field, at) } else { Ok(old) }
         };
 
         let setup_sects = match view.u8("setup_sects", SETUP_SECTS)? {
@@ -148,23 +131,13 @@ impl<'a> Setup<'a> {
         // In paragraphs, rounded up: the file may lack up to 15 bytes of the last. It may have more, such as a signature.
         let stated = u64::from(u32_since(0x204, "syssize", SYSSIZE, 0)?) * 16;
         if stated.saturating_sub(rest) > 15 || rest == 0 {
-            view.bytes(
-                "the protected-mode kernel (setup_sects, syssize)",
-                start,
-                stated.max(1),
-            )?;
+            view.bytes("the protected-mode kernel (setup_sects, syssize)", start, stated.max(1))?;
         }
         let size = if stated == 0 { rest } else { stated.min(rest) };
-        let protected = view.bytes(
-            "the protected-mode kernel (setup_sects, syssize)",
-            start,
-            size,
-        )?;
+        let protected = view.bytes("the protected-mode kernel (setup_sects, syssize)", start, size)?;
 
         let relocatable = since(0x205) && view.u8("relocatable_kernel", RELOCATABLE_KERNEL)? != 0;
-        let alignment = relocatable
-            .then(|| view.u32("kernel_alignment", KERNEL_ALIGNMENT))
-            .transpose()?;
+        let alignment = relocatable.then(|| view.u32("kernel_alignment", KERNEL_ALIGNMENT)).transpose()?;
         if let Some(alignment) = alignment
             && !(alignment.is_power_of_two() && (0x1000..=1 << 30).contains(&alignment))
         {
@@ -173,30 +146,17 @@ impl<'a> Setup<'a> {
                 format!("is {alignment:#x}, not a power of two between 4 KiB and 1 GiB"),
             ));
         }
-        let pref_address = since(0x20a)
-            .then(|| view.u64("pref_address", PREF_ADDRESS))
-            .transpose()?;
+        let pref_address = since(0x20a).then(|| view.u64("pref_address", PREF_ADDRESS)).transpose()?;
         Ok(Self {
             view,
             header,
             protected,
             version,
             code32_start: u64::from(view.u32("code32_start", CODE32_START)?),
-            initrd_addr_max: u32_since(
-                0x203,
-                "initrd_addr_max",
-                INITRD_ADDR_MAX,
-                OLD_INITRD_ADDR_MAX,
-            )?
-            .into(),
+            initrd_addr_max: u32_since(0x203, "initrd_addr_max", INITRD_ADDR_MAX, OLD_INITRD_ADDR_MAX)?.into(),
             alignment: alignment.map(u64::from),
-            xloadflags: if since(0x20c) {
-                view.u16("xloadflags", XLOADFLAGS)?
-            } else {
-                0
-            },
-            cmdline_size: u32_since(0x206, "cmdline_size", CMDLINE_SIZE, OLD_CMDLINE_SIZE)?
-                as usize,
+            xloadflags: if since(0x20c) { view.u16("xloadflags", XLOADFLAGS)? } else { 0 },
+            cmdline_size: u32_since(0x206, "cmdline_size", CMDLINE_SIZE, OLD_CMDLINE_SIZE)? as usize,
             pref_address: pref_address.filter(|&address| address != 0),
             init_size: u32_since(0x20a, "init_size", INIT_SIZE, 0)?.into(),
         })
@@ -217,11 +177,7 @@ impl<'a> Setup<'a> {
         };
         // A kernel loaded below its preferred address moves itself there, so that is the lowest.
         let lowest = self.pref_address.unwrap_or(MIB);
-        if lowest.is_multiple_of(alignment)
-            && lowest
-                .checked_add(needed)
-                .is_some_and(|end| end <= FOUR_GIB)
-        {
+        if lowest.is_multiple_of(alignment) && lowest.checked_add(needed).is_some_and(|end| end <= FOUR_GIB) {
             match builder.place(WHAT, lowest, needed, self.protected) {
                 // Too little memory below a hole, perhaps; there may be more above it.
                 Err(BootError::OutsideRam { .. }) => {}
@@ -243,28 +199,19 @@ pub(crate) fn bzimage<'a>(
     let setup = Setup::parse(request.view(protocol))?;
     let long = protocol == Protocol::Linux;
     if long && setup.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(setup
-            .view
-            .unsupported("has no 64-bit entry (xloadflags); choose the protocol linux32"));
+        return Err(setup.view.unsupported("has no 64-bit entry (xloadflags); choose the protocol linux32"));
     }
     if long && setup.protected.len() as u64 <= ENTRY_64 {
-        return Err(setup.view.malformed(
-            "the protected-mode kernel",
-            "ends before its 64-bit entry at 0x200",
-        ));
+        return Err(setup.view.malformed("the protected-mode kernel", "ends before its 64-bit entry at 0x200"));
     }
     let mut zero_page = ZeroPage::new();
     zero_page.page.put(SETUP_SECTS as usize, setup.header);
-    zero_page
-        .page
-        .put(TYPE_OF_LOADER as usize, &[LOADER_UNDEFINED]);
+    zero_page.page.put(TYPE_OF_LOADER as usize, &[LOADER_UNDEFINED]);
 
     let load = setup.place(&mut builder)?;
     let limit = InitrdLimit {
         below: setup.initrd_addr_max + 1,
-        above_4_gib: long
-            && setup.version >= 0x20c
-            && setup.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0,
+        above_4_gib: long && setup.version >= 0x20c && setup.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0,
     };
     zero_page.put_initrd(request, protocol, &mut builder, limit)?;
     zero_page.put_cmdline(request, protocol, &mut builder, setup.cmdline_size)?;
@@ -278,10 +225,7 @@ pub(crate) fn bzimage<'a>(
 }
 
 /// Plans an ELF64 kernel by Linux' 64-bit entry, with a zero page made from nothing.
-pub(crate) fn vmlinux<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn vmlinux<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let protocol = Protocol::Elf;
     let view = request.view(protocol);
     let elf = Elf::parse(view)?;
@@ -291,10 +235,7 @@ pub(crate) fn vmlinux<'a>(
         "62 (x86-64); a 32-bit kernel needs a PVH note or a multiboot header",
     )?;
     if !elf.is_64bit {
-        return Err(view.malformed(
-            "e_ident[EI_CLASS]",
-            "is 1: a 32-bit file has no 64-bit entry",
-        ));
+        return Err(view.malformed("e_ident[EI_CLASS]", "is 1: a 32-bit file has no 64-bit entry"));
     }
     let entry = elf::require_below_4_gib(elf.physical_entry()?, protocol)?;
     elf.place(&mut builder)?;
@@ -304,16 +245,9 @@ pub(crate) fn vmlinux<'a>(
     zero_page.page.put_u16(BOOT_FLAG as usize, BOOT_MAGIC);
     zero_page.page.put(HEADER as usize, HDRS);
     zero_page.page.put_u16(VERSION as usize, 0x20c);
-    zero_page
-        .page
-        .put(TYPE_OF_LOADER as usize, &[LOADER_UNDEFINED, LOADED_HIGH]);
-    zero_page
-        .page
-        .put_u32(CMDLINE_SIZE as usize, VMLINUX_CMDLINE_SIZE as u32);
-    let limit = InitrdLimit {
-        below: FOUR_GIB,
-        above_4_gib: true,
-    };
+    zero_page.page.put(TYPE_OF_LOADER as usize, &[LOADER_UNDEFINED, LOADED_HIGH]);
+    zero_page.page.put_u32(CMDLINE_SIZE as usize, VMLINUX_CMDLINE_SIZE as u32);
+    let limit = InitrdLimit { below: FOUR_GIB, above_4_gib: true };
     zero_page.put_initrd(request, protocol, &mut builder, limit)?;
     zero_page.put_cmdline(request, protocol, &mut builder, VMLINUX_CMDLINE_SIZE)?;
     let zero_page = zero_page.place(request, &mut builder)?;
@@ -336,9 +270,7 @@ struct ZeroPage {
 
 impl ZeroPage {
     fn new() -> Self {
-        Self {
-            page: vec![0; ZERO_PAGE_SIZE],
-        }
+        Self { page: vec![0; ZERO_PAGE_SIZE] }
     }
 
     fn put_initrd<'a>(
@@ -353,11 +285,7 @@ impl ZeroPage {
             return Ok(());
         };
         let mut place = |end| builder.put(WHAT, data, PAGE, MIB..end, Side::Top);
-        let address = match place(if limit.above_4_gib {
-            FOUR_GIB
-        } else {
-            limit.below
-        }) {
+        let address = match place(if limit.above_4_gib { FOUR_GIB } else { limit.below }) {
             Err(BootError::NoRoom { .. }) if limit.above_4_gib => place(super::MAX_ADDRESS)?,
             placed => placed?,
         };
@@ -384,11 +312,7 @@ impl ZeroPage {
     }
 
     /// Adds the memory map and puts the page into conventional memory. Returns its address.
-    fn place(
-        mut self,
-        request: &BootRequest<'_>,
-        builder: &mut Builder<'_>,
-    ) -> Result<u64, BootError> {
+    fn place(mut self, request: &BootRequest<'_>, builder: &mut Builder<'_>) -> Result<u64, BootError> {
         let ranges = request.memory.ranges();
         // At most MAX_RANGES, which is 128.
         self.page.put(E820_ENTRIES, &[ranges.len() as u8]);
@@ -397,8 +321,7 @@ impl ZeroPage {
             self.page.put_u64(at + 8, range.size);
             self.page.put_u32(at + 16, range.kind as u32);
         }
-        self.page
-            .put_u64(ACPI_RSDP_ADDR, request.acpi_rsdp.unwrap_or(0));
+        self.page.put_u64(ACPI_RSDP_ADDR, request.acpi_rsdp.unwrap_or(0));
         builder.put("the zero page", self.page, PAGE, LOW_MEMORY, Side::Bottom)
     }
 }

@@ -45,49 +45,30 @@ pub(crate) fn find_header(image: &[u8]) -> Option<u64> {
         .chunks_exact(4)
         .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
         .collect();
-    let is_header =
-        |w: &[u32]| w[0] == HEADER_MAGIC && w[0].wrapping_add(w[1]).wrapping_add(w[2]) == 0;
-    words
-        .windows(3)
-        .position(is_header)
-        .map(|index| index as u64 * 4)
+    let is_header = |w: &[u32]| w[0] == HEADER_MAGIC && w[0].wrapping_add(w[1]).wrapping_add(w[2]) == 0;
+    words.windows(3).position(is_header).map(|index| index as u64 * 4)
 }
 
-pub(crate) fn plan<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn plan<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let protocol = Protocol::Multiboot;
     let view = request.view(protocol);
-    let header = find_header(request.image).ok_or_else(|| {
-        view.malformed(
-            "the multiboot header",
-            "is not in the first 8 KiB, or its checksum is wrong",
-        )
-    })?;
+    let header = find_header(request.image)
+        .ok_or_else(|| view.malformed("the multiboot header", "is not in the first 8 KiB, or its checksum is wrong"))?;
     let flags = view.u32("flags", header + 4)?;
     if flags & DEMANDS & !KNOWN_DEMANDS != 0 {
-        return Err(view.malformed(
-            "flags",
-            format!("({flags:#x}) demands a feature that is not offered"),
-        ));
+        return Err(view.malformed("flags", format!("({flags:#x}) demands a feature that is not offered")));
     }
     let (entry, end) = if flags & HAS_ADDRESSES != 0 {
         place_flat(view, header, &mut builder)?
     } else if elf::is_elf(request.image) {
         place_elf(view, &mut builder)?
     } else {
-        return Err(view.malformed(
-            "flags",
-            format!("({flags:#x}) gives no addresses (bit 16), and this is no ELF file"),
-        ));
+        return Err(
+            view.malformed("flags", format!("({flags:#x}) gives no addresses (bit 16), and this is no ELF file"))
+        );
     };
     let info = place_info(request, end, &mut builder)?;
-    let state = x86::enter_protected32(
-        &mut builder,
-        entry,
-        &[(Reg::Rax, BOOT_MAGIC), (Reg::Rbx, info)],
-    )?;
+    let state = x86::enter_protected32(&mut builder, entry, &[(Reg::Rax, BOOT_MAGIC), (Reg::Rbx, info)])?;
     Ok(builder.finish(state))
 }
 
@@ -101,11 +82,7 @@ fn place_elf<'a>(view: View<'a>, builder: &mut Builder<'a>) -> Result<(u64, u64)
 }
 
 /// Loads a kernel by the addresses in its header (3.1.3, "a.out kludge"). Returns its entry and the address behind it.
-fn place_flat<'a>(
-    view: View<'a>,
-    header: u64,
-    builder: &mut Builder<'a>,
-) -> Result<(u64, u64), BootError> {
+fn place_flat<'a>(view: View<'a>, header: u64, builder: &mut Builder<'a>) -> Result<(u64, u64), BootError> {
     let fields = header + HEADER_SIZE;
     let field = |name, index: u64| view.u32(name, fields + index * 4).map(u64::from);
     let header_addr = field("header_addr", 0)?;
@@ -124,10 +101,7 @@ fn place_flat<'a>(
     let size = match load_end_addr {
         0 => view.len() - offset,
         end => end.checked_sub(load_addr).ok_or_else(|| {
-            view.malformed(
-                "load_end_addr",
-                format!("({end:#x}) is below load_addr ({load_addr:#x})"),
-            )
+            view.malformed("load_end_addr", format!("({end:#x}) is below load_addr ({load_addr:#x})"))
         })?,
     };
     let data = view.bytes("the kernel (load_addr, load_end_addr)", offset, size)?;
@@ -136,53 +110,24 @@ fn place_flat<'a>(
         0 => load_end,
         end if end >= load_end => end,
         end => {
-            return Err(view.malformed(
-                "bss_end_addr",
-                format!("({end:#x}) is below the end of the loaded part ({load_end:#x})"),
-            ));
+            return Err(view
+                .malformed("bss_end_addr", format!("({end:#x}) is below the end of the loaded part ({load_end:#x})")));
         }
     };
     if !(load_addr..end).contains(&entry) {
-        return Err(view.malformed(
-            "entry_addr",
-            format!("({entry:#x}) is outside {load_addr:#x} to {end:#x}"),
-        ));
+        return Err(view.malformed("entry_addr", format!("({entry:#x}) is outside {load_addr:#x} to {end:#x}")));
     }
-    builder.place(
-        "the kernel (load_addr, bss_end_addr)",
-        load_addr,
-        end - load_addr,
-        data,
-    )?;
+    builder.place("the kernel (load_addr, bss_end_addr)", load_addr, end - load_addr, data)?;
     Ok((entry, end))
 }
 
 /// Places modules, strings, memory map and the information structure (3.3). Returns the address of the latter.
-fn place_info<'a>(
-    request: &BootRequest<'a>,
-    kernel_end: u64,
-    builder: &mut Builder<'a>,
-) -> Result<u64, BootError> {
-    let name: String = request
-        .name
-        .chars()
-        .map(|c| {
-            if c.is_whitespace() || c == '\0' {
-                '_'
-            } else {
-                c
-            }
-        })
-        .collect();
+fn place_info<'a>(request: &BootRequest<'a>, kernel_end: u64, builder: &mut Builder<'a>) -> Result<u64, BootError> {
+    let name: String = request.name.chars().map(|c| if c.is_whitespace() || c == '\0' { '_' } else { c }).collect();
     let cmdline = [&name, request.cmdline].join(" ");
     if cmdline.len() > MAX_CMDLINE {
-        let detail = format!(
-            "and the kernel's name have {} bytes; at most {MAX_CMDLINE} are possible",
-            cmdline.len()
-        );
-        return Err(request
-            .view(Protocol::Multiboot)
-            .malformed("the command line", detail));
+        let detail = format!("and the kernel's name have {} bytes; at most {MAX_CMDLINE} are possible", cmdline.len());
+        return Err(request.view(Protocol::Multiboot).malformed("the command line", detail));
     }
     let mut modules = vec![0; request.modules.len() * MODULE_SIZE];
     for (entry, module) in modules.chunks_exact_mut(MODULE_SIZE).zip(request.modules) {
@@ -191,13 +136,7 @@ fn place_info<'a>(
         let start = builder.put("a module", module.data, PAGE, from..FOUR_GIB, Side::Bottom)?;
         let end = start + module.data.len() as u64;
         builder.initrd.get_or_insert(start..end);
-        let string = builder.put(
-            "a module's string",
-            c_string(module.cmdline),
-            1,
-            LOW_MEMORY,
-            Side::Bottom,
-        )?;
+        let string = builder.put("a module's string", c_string(module.cmdline), 1, LOW_MEMORY, Side::Bottom)?;
         entry.put_u32(0, start as u32);
         // Below or at 4 GiB; a module that ends exactly there has the end 0, as 32-bit arithmetic gives it.
         entry.put_u32(4, end as u32);
@@ -215,18 +154,11 @@ fn place_info<'a>(
 
     // Kilobytes of RAM from 0 on, at most 640, and from 1 MiB on.
     let ram_from = |start: u64| {
-        let range = request
-            .memory
-            .ranges()
-            .iter()
-            .find(|r| r.kind == MemoryKind::Ram && (r.base..r.end()).contains(&start));
+        let range =
+            request.memory.ranges().iter().find(|r| r.kind == MemoryKind::Ram && (r.base..r.end()).contains(&start));
         range.map_or(0, |range| (range.end() - start) / 1024)
     };
-    let mut low = |what, data: Vec<u8>| {
-        builder
-            .put(what, data, 16, LOW_MEMORY, Side::Bottom)
-            .map(|at| at as u32)
-    };
+    let mut low = |what, data: Vec<u8>| builder.put(what, data, 16, LOW_MEMORY, Side::Bottom).map(|at| at as u32);
     let mut info = vec![0; INFO_SIZE];
     let mut flags = INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP | INFO_LOADER_NAME;
     info.put_u32(4, ram_from(0).min(640) as u32);

@@ -56,20 +56,14 @@ pub struct Mapping<'a> {
 impl fmt::Debug for Chunk<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (what, gpa, len, zeros) = (self.what, self.gpa, self.data.len(), self.zeros);
-        write!(
-            f,
-            "Chunk {{ {what} at {gpa:#x}, {len:#x} bytes and {zeros:#x} zeros }}"
-        )
+        write!(f, "Chunk {{ {what} at {gpa:#x}, {len:#x} bytes and {zeros:#x} zeros }}")
     }
 }
 
 impl fmt::Debug for Mapping<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (what, gpa, len, writable) = (self.what, self.gpa, self.data.len(), self.writable);
-        write!(
-            f,
-            "Mapping {{ {what} at {gpa:#x}, {len:#x} bytes, writable: {writable} }}"
-        )
+        write!(f, "Mapping {{ {what} at {gpa:#x}, {len:#x} bytes, writable: {writable} }}")
     }
 }
 
@@ -189,24 +183,13 @@ impl<'a> Builder<'a> {
     }
 
     /// Puts `data` at the start of a place that is reserved already.
-    pub(crate) fn fill(
-        &mut self,
-        what: &'static str,
-        gpa: u64,
-        data: impl Into<Cow<'a, [u8]>>,
-        zeros: u64,
-    ) {
+    pub(crate) fn fill(&mut self, what: &'static str, gpa: u64, data: impl Into<Cow<'a, [u8]>>, zeros: u64) {
         self.push(what, gpa, data.into(), zeros);
     }
 
     fn push(&mut self, what: &'static str, gpa: u64, data: Cow<'a, [u8]>, zeros: u64) {
         if !data.is_empty() || zeros > 0 {
-            self.chunks.push(Chunk {
-                what,
-                gpa,
-                data,
-                zeros,
-            });
+            self.chunks.push(Chunk { what, gpa, data, zeros });
         }
     }
 

@@ -18,34 +18,22 @@ const MODULE_SIZE: usize = 32;
 const MEMORY_ENTRY_SIZE: usize = 24;
 const MIB: u64 = 1 << 20;
 
-pub(crate) fn plan<'a>(
-    request: &BootRequest<'a>,
-    mut builder: Builder<'a>,
-) -> Result<BootPlan<'a>, BootError> {
+pub(crate) fn plan<'a>(request: &BootRequest<'a>, mut builder: Builder<'a>) -> Result<BootPlan<'a>, BootError> {
     let protocol = Protocol::Pvh;
     let view = request.view(protocol);
     let elf = Elf::parse(view)?;
     elf::require_machine(&elf, &[elf::EM_386, elf::EM_X86_64], "3 or 62 (x86)")?;
     let Some(entry) = elf.pvh_entry()? else {
-        return Err(view.malformed(
-            "the PVH note",
-            "(type 18 of Xen) is not there; try the protocol elf",
-        ));
+        return Err(view.malformed("the PVH note", "(type 18 of Xen) is not there; try the protocol elf"));
     };
     let entry = elf::require_below_4_gib(entry, protocol)?;
     if !elf.covers(entry) {
-        return Err(view.malformed(
-            "the PVH note",
-            format!("gives the entry {entry:#x}, in no loadable segment"),
-        ));
+        return Err(view.malformed("the PVH note", format!("gives the entry {entry:#x}, in no loadable segment")));
     }
     elf.place(&mut builder)?;
 
     let mut low = |what, data: Vec<u8>| builder.put(what, data, 16, LOW_MEMORY, Side::Bottom);
-    let cmdline = low(
-        "the command line",
-        request.cmdline_bytes(protocol, MAX_CMDLINE)?,
-    )?;
+    let cmdline = low("the command line", request.cmdline_bytes(protocol, MAX_CMDLINE)?)?;
     let module_cmdlines: Vec<u64> = request
         .modules
         .iter()

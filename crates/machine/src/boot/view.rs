@@ -28,30 +28,19 @@ impl<'a> View<'a> {
     }
 
     /// `len` bytes at `offset`, both as the file gives them.
-    pub(crate) fn bytes(
-        &self,
-        field: &'static str,
-        offset: u64,
-        len: u64,
-    ) -> Result<&'a [u8], BootError> {
+    pub(crate) fn bytes(&self, field: &'static str, offset: u64, len: u64) -> Result<&'a [u8], BootError> {
         let range = offset.checked_add(len).filter(|&end| end <= self.len());
         // The end is at most the length of a slice, so the casts lose nothing.
-        range
-            .map(|end| &self.data[offset as usize..end as usize])
-            .ok_or(BootError::Truncated {
-                protocol: self.protocol,
-                field,
-                offset,
-                needed: len,
-                available: self.len(),
-            })
+        range.map(|end| &self.data[offset as usize..end as usize]).ok_or(BootError::Truncated {
+            protocol: self.protocol,
+            field,
+            offset,
+            needed: len,
+            available: self.len(),
+        })
     }
 
-    fn array<const N: usize>(
-        &self,
-        field: &'static str,
-        offset: u64,
-    ) -> Result<[u8; N], BootError> {
+    fn array<const N: usize>(&self, field: &'static str, offset: u64) -> Result<[u8; N], BootError> {
         let mut bytes = [0; N];
         bytes.copy_from_slice(self.bytes(field, offset, N as u64)?);
         Ok(bytes)
@@ -75,19 +64,12 @@ impl<'a> View<'a> {
 
     /// A [`BootError::Malformed`] of this image's kind.
     pub(crate) fn malformed(&self, field: &'static str, detail: impl Into<String>) -> BootError {
-        BootError::Malformed {
-            protocol: self.protocol,
-            field,
-            detail: detail.into(),
-        }
+        BootError::Malformed { protocol: self.protocol, field, detail: detail.into() }
     }
 
     /// A [`BootError::Unsupported`] of this image's kind.
     pub(crate) fn unsupported(&self, what: &'static str) -> BootError {
-        BootError::Unsupported {
-            protocol: self.protocol,
-            what,
-        }
+        BootError::Unsupported { protocol: self.protocol, what }
     }
 }
 

@@ -11,8 +11,8 @@ use super::{BootError, BootState};
 use std::ops::Range;
 use vm_accel::GuestRegs;
 use vm_accel::x86_64::{
-    CR0_ET, CR0_NE, CR0_PE, CR0_PG, CR4_PAE, DescriptorTable, EFER_LMA, EFER_LME, RFLAGS_RESERVED,
-    Reg, Segment, X86Sregs,
+    CR0_ET, CR0_NE, CR0_PE, CR0_PG, CR4_PAE, DescriptorTable, EFER_LMA, EFER_LME, RFLAGS_RESERVED, Reg, Segment,
+    X86Sregs,
 };
 
 /// `__BOOT_CS` of the Linux boot protocol.
@@ -68,22 +68,13 @@ impl X86BootState {
     /// of the vCPU.
     #[must_use]
     pub const fn over(&self, current: &X86Sregs) -> X86Sregs {
-        X86Sregs {
-            cr2: current.cr2,
-            cr8: current.cr8,
-            apic_base: current.apic_base,
-            ..self.sregs
-        }
+        X86Sregs { cr2: current.cr2, cr8: current.cr8, apic_base: current.apic_base, ..self.sregs }
     }
 }
 
 /// Registers with `values` set, everything else 0, interrupts disabled.
 pub(crate) fn registers(entry: u64, values: &[(Reg, u64)]) -> GuestRegs {
-    let mut regs = GuestRegs {
-        pc: entry,
-        flags: RFLAGS_RESERVED,
-        ..GuestRegs::default()
-    };
+    let mut regs = GuestRegs { pc: entry, flags: RFLAGS_RESERVED, ..GuestRegs::default() };
     for &(reg, value) in values {
         regs.gpr[reg as usize] = value;
     }
@@ -93,15 +84,9 @@ pub(crate) fn registers(entry: u64, values: &[(Reg, u64)]) -> GuestRegs {
 /// Special registers of a CPU in real mode with the interrupt vectors at 0, all segments at 0.
 pub(crate) fn real_mode() -> X86Sregs {
     let data = Segment::real_mode(0);
-    let table = DescriptorTable {
-        base: 0,
-        limit: 0xffff,
-    };
+    let table = DescriptorTable { base: 0, limit: 0xffff };
     X86Sregs {
-        cs: Segment {
-            segment_type: 0xb,
-            ..data
-        },
+        cs: Segment { segment_type: 0xb, ..data },
         ds: data,
         es: data,
         fs: data,
@@ -109,10 +94,7 @@ pub(crate) fn real_mode() -> X86Sregs {
         ss: data,
         tr: Segment::busy_tss(0, 0, 0xffff),
         // An empty but present LDT (type 2), as after reset (Intel SDM vol. 3, table 10-1).
-        ldt: Segment {
-            segment_type: 2,
-            ..Segment::busy_tss(0, 0, 0xffff)
-        },
+        ldt: Segment { segment_type: 2, ..Segment::busy_tss(0, 0, 0xffff) },
         gdt: table,
         idt: table,
         cr0: CR0_ET,
@@ -127,15 +109,8 @@ pub(crate) fn enter_protected32(
     values: &[(Reg, u64)],
 ) -> Result<BootState, BootError> {
     let cs = Segment::flat_code32(BOOT_CS, 0);
-    let sregs = X86Sregs {
-        cr0: CR0_PE | CR0_ET,
-        ..flat(builder, cs)?
-    };
-    Ok(BootState::X86(X86BootState {
-        mode: X86Mode::Protected32,
-        regs: registers(entry, values),
-        sregs,
-    }))
+    let sregs = X86Sregs { cr0: CR0_PE | CR0_ET, ..flat(builder, cs)? };
+    Ok(BootState::X86(X86BootState { mode: X86Mode::Protected32, regs: registers(entry, values), sregs }))
 }
 
 /// Enters 64-bit code at `entry`: flat segments, first 4 GiB identity-mapped. Places the GDT and the page tables.
@@ -149,18 +124,9 @@ pub(crate) fn enter_long64(
     let size = (PAGE_TABLES * PAGE) as u64;
     let cr3 = builder.reserve("page tables", size, PAGE as u64, LOW_MEMORY, Side::Bottom)?;
     builder.fill("page tables", cr3, identity_map(cr3), 0);
-    let sregs = X86Sregs {
-        cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG,
-        cr3,
-        cr4: CR4_PAE,
-        efer: EFER_LME | EFER_LMA,
-        ..flat
-    };
-    Ok(BootState::X86(X86BootState {
-        mode: X86Mode::Long64,
-        regs: registers(entry, values),
-        sregs,
-    }))
+    let sregs =
+        X86Sregs { cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG, cr3, cr4: CR4_PAE, efer: EFER_LME | EFER_LMA, ..flat };
+    Ok(BootState::X86(X86BootState { mode: X86Mode::Long64, regs: registers(entry, values), sregs }))
 }
 
 /// Places the GDT and gives the segments that it describes.
@@ -181,10 +147,7 @@ fn flat(builder: &mut Builder<'_>, cs: Segment) -> Result<X86Sregs, BootError> {
         gs: data,
         ss: data,
         tr,
-        ldt: Segment {
-            unusable: true,
-            ..Segment::default()
-        },
+        ldt: Segment { unusable: true, ..Segment::default() },
         gdt: DescriptorTable { base, limit },
         ..X86Sregs::default()
     })
@@ -225,15 +188,7 @@ mod tests {
     #[test]
     fn four_gib_are_mapped_to_themselves_and_no_more() {
         let tables = identity_map(0x5000);
-        for linear in [
-            0,
-            0x1234,
-            0x20_0000,
-            0x3fff_ffff,
-            0x4000_0000,
-            0xfee0_0000,
-            0xffff_ffff,
-        ] {
+        for linear in [0, 0x1234, 0x20_0000, 0x3fff_ffff, 0x4000_0000, 0xfee0_0000, 0xffff_ffff] {
             assert_eq!(translate(&tables, 0x5000, linear), Some(linear));
         }
         assert_eq!(translate(&tables, 0x5000, 1 << 32), None);
@@ -242,20 +197,9 @@ mod tests {
 
     #[test]
     fn what_the_protocol_does_not_set_comes_from_the_vcpu() {
-        let state = X86BootState {
-            mode: X86Mode::Real,
-            regs: registers(0, &[]),
-            sregs: real_mode(),
-        };
-        let current = X86Sregs {
-            apic_base: 0xfee0_0900,
-            cr3: 0x1000,
-            ..X86Sregs::default()
-        };
+        let state = X86BootState { mode: X86Mode::Real, regs: registers(0, &[]), sregs: real_mode() };
+        let current = X86Sregs { apic_base: 0xfee0_0900, cr3: 0x1000, ..X86Sregs::default() };
         let merged = state.over(&current);
-        assert_eq!(
-            (merged.apic_base, merged.cr3, merged.cr0),
-            (0xfee0_0900, 0, CR0_ET)
-        );
+        assert_eq!((merged.apic_base, merged.cr3, merged.cr0), (0xfee0_0900, 0, CR0_ET));
     }
 }

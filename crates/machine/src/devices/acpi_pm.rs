@@ -45,14 +45,7 @@ impl AcpiPm {
     /// A block that switches off the machine of `control` and interrupts with `sci`.
     #[must_use]
     pub fn new(control: Control, sci: IrqPin) -> Self {
-        Self {
-            control,
-            sci,
-            started: Instant::now(),
-            status: 0,
-            enable: 0,
-            pm1_control: SCI_ENABLED,
-        }
+        Self { control, sci, started: Instant::now(), status: 0, enable: 0, pm1_control: SCI_ENABLED }
     }
 
     /// Presses the power button: asks the guest's operating system to shut down. A guest without ACPI does not notice.
@@ -80,10 +73,7 @@ impl AcpiPm {
 
     fn write_byte(&mut self, offset: u64, value: u8) {
         let shift = (offset & 1) * 8;
-        let (value, kept) = (
-            u16::from(value) << shift,
-            0xff00u16.rotate_left(shift as u32),
-        );
+        let (value, kept) = (u16::from(value) << shift, 0xff00u16.rotate_left(shift as u32));
         match offset & !1 {
             0 => self.status &= !value,
             2 => self.enable = (self.enable & kept | value) & ENABLES,
@@ -111,10 +101,7 @@ impl BusDevice for AcpiPm {
 
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         // One image per access, so that the timer does not tear.
-        for (byte, value) in data
-            .iter_mut()
-            .zip(self.image().into_iter().skip(offset as usize))
-        {
+        for (byte, value) in data.iter_mut().zip(self.image().into_iter().skip(offset as usize)) {
             *byte = value;
         }
     }
@@ -135,11 +122,7 @@ mod tests {
 
     fn pm() -> (AcpiPm, Control, Arc<CountingLine>) {
         let (control, line) = (Control::new(), Arc::new(CountingLine::default()));
-        (
-            AcpiPm::new(control.clone(), IrqPin::new(line.clone())),
-            control,
-            line,
-        )
+        (AcpiPm::new(control.clone(), IrqPin::new(line.clone())), control, line)
     }
 
     fn get<const N: usize>(pm: &mut AcpiPm, offset: u64) -> [u8; N] {
@@ -154,10 +137,7 @@ mod tests {
         pm.write(4, &(u16::from(SLEEP_TYPE_S5) << 10).to_le_bytes());
         pm.write(4, &(3 << 10 | 1 << 13 | 1u16).to_le_bytes());
         assert_eq!(control.outcome(), None);
-        pm.write(
-            4,
-            &(u16::from(SLEEP_TYPE_S5) << 10 | 1 << 13 | 1).to_le_bytes(),
-        );
+        pm.write(4, &(u16::from(SLEEP_TYPE_S5) << 10 | 1 << 13 | 1).to_le_bytes());
         assert_eq!(control.outcome(), Some(Outcome::Shutdown));
         assert_eq!(get(&mut pm, 4), [1, 0]);
     }

@@ -117,11 +117,7 @@ impl PciConfig {
     /// Ports that reset the machine of `control` through [`RESET_CONTROL`].
     #[must_use]
     pub fn new(control: Control) -> Self {
-        Self {
-            control,
-            address: 0,
-            reset: 0,
-        }
+        Self { control, address: 0, reset: 0 }
     }
 }
 
@@ -190,10 +186,7 @@ mod tests {
         port.write(0, &[0x00]);
         assert_eq!((read::<1>(&mut port, 0), control.outcome()), ([2], None));
         port.write(0, &[0x01]);
-        assert_eq!(
-            (read::<1>(&mut port, 0), control.outcome()),
-            ([2], Some(Outcome::Reset))
-        );
+        assert_eq!((read::<1>(&mut port, 0), control.outcome()), ([2], Some(Outcome::Reset)));
     }
 
     #[test]

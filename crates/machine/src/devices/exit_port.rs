@@ -39,10 +39,7 @@ impl BusDevice for ExitPort {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == 0 {
-            let value = data
-                .iter()
-                .rev()
-                .fold(0, |value, &byte| value << 8 | u32::from(byte));
+            let value = data.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte));
             self.0.finish(Outcome::ExitPort(value));
         }
     }
@@ -54,11 +51,7 @@ mod tests {
 
     #[test]
     fn each_width_ends_the_machine_with_its_value() {
-        for (data, value) in [
-            (&[7u8][..], 7),
-            (&[1, 2], 0x201),
-            (&[1, 2, 3, 0x84], 0x8403_0201),
-        ] {
+        for (data, value) in [(&[7u8][..], 7), (&[1, 2], 0x201), (&[1, 2, 3, 0x84], 0x8403_0201)] {
             let control = Control::new();
             ExitPort::new(control.clone()).write(0, data);
             assert_eq!(control.outcome(), Some(Outcome::ExitPort(value)));

@@ -57,11 +57,7 @@ impl FwCfg {
             items.insert(key, content.clone());
         }
         items.insert(KEY_FILE_DIR, directory);
-        Self {
-            items,
-            selected: KEY_SIGNATURE,
-            position: 0,
-        }
+        Self { items, selected: KEY_SIGNATURE, position: 0 }
     }
 }
 
@@ -77,12 +73,7 @@ impl BusDevice for FwCfg {
     /// Reads the next byte of the selected item; zero behind its end, and if there is no such item.
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let (1, [byte]) = (offset, data) {
-            *byte = self
-                .items
-                .get(&self.selected)
-                .and_then(|item| item.get(self.position))
-                .copied()
-                .unwrap_or(0);
+            *byte = self.items.get(&self.selected).and_then(|item| item.get(self.position)).copied().unwrap_or(0);
             self.position = self.position.saturating_add(1);
         }
     }

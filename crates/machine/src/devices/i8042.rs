@@ -42,14 +42,7 @@ impl I8042 {
     /// A controller that resets the machine of `control` and raises `irq` (line 1 of a PC) for bytes to the guest.
     #[must_use]
     pub fn new(control: Control, irq: IrqPin) -> Self {
-        Self {
-            control,
-            irq,
-            command_byte: CONTROL_AT_RESET,
-            command: None,
-            output: None,
-            last_was_command: false,
-        }
+        Self { control, irq, command_byte: CONTROL_AT_RESET, command: None, output: None, last_was_command: false }
     }
 
     fn respond(&mut self, byte: u8) {
@@ -103,21 +96,12 @@ impl BusDevice for I8042 {
         let value = if offset == 0 {
             self.output.take().unwrap_or(0)
         } else {
-            let full = if self.output.is_some() {
-                STATUS_OUTPUT_FULL
-            } else {
-                0
-            };
-            let last = if self.last_was_command {
-                STATUS_LAST_WAS_COMMAND
-            } else {
-                0
-            };
+            let full = if self.output.is_some() { STATUS_OUTPUT_FULL } else { 0 };
+            let last = if self.last_was_command { STATUS_LAST_WAS_COMMAND } else { 0 };
             full | last | self.command_byte & STATUS_SYSTEM | STATUS_NOT_INHIBITED
         };
         data.fill(value);
-        self.irq
-            .set(self.output.is_some() && self.command_byte & CONTROL_KEYBOARD_IRQ != 0);
+        self.irq.set(self.output.is_some() && self.command_byte & CONTROL_KEYBOARD_IRQ != 0);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -128,8 +112,7 @@ impl BusDevice for I8042 {
         } else {
             self.write_command(value);
         }
-        self.irq
-            .set(self.output.is_some() && self.command_byte & CONTROL_KEYBOARD_IRQ != 0);
+        self.irq.set(self.output.is_some() && self.command_byte & CONTROL_KEYBOARD_IRQ != 0);
     }
 }
 
@@ -141,11 +124,7 @@ mod tests {
 
     fn controller() -> (I8042, Control, Arc<CountingLine>) {
         let (control, line) = (Control::new(), Arc::new(CountingLine::default()));
-        (
-            I8042::new(control.clone(), IrqPin::new(line.clone())),
-            control,
-            line,
-        )
+        (I8042::new(control.clone(), IrqPin::new(line.clone())), control, line)
     }
 
     fn get(device: &mut I8042, offset: u64) -> u8 {

@@ -56,12 +56,7 @@ impl IoApic {
     /// An I/O APIC after a reset: all pins masked. Of `id`, four bits.
     #[must_use]
     pub fn new(id: u8) -> Self {
-        Self {
-            id: u32::from(id) << 24 & ID_BITS,
-            select: 0,
-            entries: [MASKED; PINS],
-            lines: 0,
-        }
+        Self { id: u32::from(id) << 24 & ID_BITS, select: 0, entries: [MASKED; PINS], lines: 0 }
     }
 
     /// The guest reads at `offset` from the base; all registers are 32 bits wide, and other accesses see the bytes of the
@@ -82,9 +77,7 @@ impl IoApic {
         match self.select {
             REG_ID | REG_ARBITRATION => self.id,
             REG_VERSION => VERSION,
-            _ => self
-                .entry_half()
-                .map_or(0, |(pin, shift)| (self.entries[pin] >> shift) as u32),
+            _ => self.entry_half().map_or(0, |(pin, shift)| (self.entries[pin] >> shift) as u32),
         }
     }
 
@@ -142,11 +135,7 @@ impl IoApic {
         let entry = *self.entries.get(pin)?;
         let bit = 1 << pin;
         let was = self.lines & bit != 0;
-        self.lines = if level {
-            self.lines | bit
-        } else {
-            self.lines & !bit
-        };
+        self.lines = if level { self.lines | bit } else { self.lines & !bit };
         if entry & LEVEL != 0 {
             self.send_level(pin)
         } else {
@@ -169,9 +158,7 @@ impl IoApic {
     /// pins are still active.
     #[must_use]
     pub fn end_of_interrupt(&mut self, vector: u8) -> Vec<MsiMessage> {
-        let ended = |entry: u64| {
-            entry as u8 == vector && entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR
-        };
+        let ended = |entry: u64| entry as u8 == vector && entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR;
         (0..PINS)
             .filter_map(|pin| {
                 if !ended(self.entries[pin]) {
@@ -210,11 +197,7 @@ fn message(entry: u64) -> MsiMessage {
         address |= MSI_REDIRECT;
     }
     let level = if entry & LEVEL != 0 { LEVEL as u32 } else { 0 };
-    MsiMessage {
-        address,
-        data: entry as u32 & 0x7ff | level | MSI_ASSERT,
-        device_id: None,
-    }
+    MsiMessage { address, data: entry as u32 & 0x7ff | level | MSI_ASSERT, device_id: None }
 }
 
 #[cfg(test)]
@@ -258,11 +241,7 @@ mod tests {
     const SENT_77: MsiMessage = sent(0xfee0_0000, 0xc077);
 
     const fn sent(address: u64, data: u32) -> MsiMessage {
-        MsiMessage {
-            address,
-            data,
-            device_id: None,
-        }
+        MsiMessage { address, data, device_id: None }
     }
 
     #[test]
@@ -270,10 +249,7 @@ mod tests {
         let mut io = IoApic::new(2);
         assert_eq!(read(&mut io, REG_ID), 0x0200_0000);
         assert_eq!(write(&mut io, REG_ID, 0xffff_ffff), []);
-        assert_eq!(
-            (read(&mut io, REG_ID), read(&mut io, REG_ARBITRATION)),
-            (0x0f00_0000, 0x0f00_0000)
-        );
+        assert_eq!((read(&mut io, REG_ID), read(&mut io, REG_ARBITRATION)), (0x0f00_0000, 0x0f00_0000));
         assert_eq!(write(&mut io, REG_ARBITRATION, 0), []);
         assert_eq!(read(&mut io, REG_ARBITRATION), 0x0f00_0000);
         assert_eq!(write(&mut io, REG_VERSION, 0), []);
@@ -283,10 +259,7 @@ mod tests {
         }
         assert_eq!(write(&mut io, REG_ENTRIES, 0xffff_ffff), []);
         assert_eq!(write(&mut io, REG_ENTRIES + 1, 0xffff_ffff), []);
-        assert_eq!(
-            (read(&mut io, REG_ENTRIES), read(&mut io, REG_ENTRIES + 1)),
-            (0x0001_afff, 0xff00_0000)
-        );
+        assert_eq!((read(&mut io, REG_ENTRIES), read(&mut io, REG_ENTRIES + 1)), (0x0001_afff, 0xff00_0000));
         for absent in [3, 0x40, 0xff] {
             assert_eq!(write(&mut io, absent, 0xffff_ffff), []);
             assert_eq!(read(&mut io, absent), 0);
@@ -341,13 +314,7 @@ mod tests {
         assert_eq!(io.set_irq(14, true), Some(SENT_77));
         assert_eq!(write(&mut io, REG_ENTRIES + 29, 0x0100_0000), []);
         assert!(remote_irr(&mut io, 14));
-        assert_eq!(
-            io.end_of_interrupt(0x77),
-            [MsiMessage {
-                address: 0xfee0_1000,
-                ..SENT_77
-            }]
-        );
+        assert_eq!(io.end_of_interrupt(0x77), [MsiMessage { address: 0xfee0_1000, ..SENT_77 }]);
     }
 
     #[test]

@@ -69,17 +69,9 @@ impl Chip {
     fn set_line(&mut self, line: u8, level: bool) {
         let bit = 1 << line;
         let rising = level && self.lines & bit == 0;
-        self.lines = if level {
-            self.lines | bit
-        } else {
-            self.lines & !bit
-        };
+        self.lines = if level { self.lines | bit } else { self.lines & !bit };
         if self.level_lines() & bit != 0 {
-            self.irr = if level {
-                self.irr | bit
-            } else {
-                self.irr & !bit
-            };
+            self.irr = if level { self.irr | bit } else { self.irr & !bit };
         } else if rising {
             // A request stays until it is acknowledged even if the line goes down again before: sources here pulse.
             self.irr |= bit;
@@ -101,9 +93,7 @@ impl Chip {
         if self.special_nested {
             served &= !(1 << CASCADE);
         }
-        let blocked = self
-            .nearest(served)
-            .is_some_and(|service| service <= request);
+        let blocked = self.nearest(served).is_some_and(|service| service <= request);
         (!blocked).then_some((request + self.first) & 7)
     }
 
@@ -139,12 +129,7 @@ impl Chip {
 
     /// ICW1: edges are forgotten, everything else begins anew.
     fn initialize(&mut self, value: u8) {
-        let fresh = Self {
-            lines: self.lines,
-            elcr: self.elcr,
-            vector: self.vector,
-            ..Self::default()
-        };
+        let fresh = Self { lines: self.lines, elcr: self.elcr, vector: self.vector, ..Self::default() };
         *self = Self {
             all_level: value & 8 != 0,
             cascaded: value & 2 == 0,
@@ -161,13 +146,8 @@ impl Chip {
         let line = match (specific, eoi) {
             (true, _) => Some(value & 7),
             (false, true) => {
-                let served = if self.special_mask {
-                    self.isr & !self.imr
-                } else {
-                    self.isr
-                };
-                self.nearest(served)
-                    .map(|nearest| (nearest + self.first) & 7)
+                let served = if self.special_mask { self.isr & !self.imr } else { self.isr };
+                self.nearest(served).map(|nearest| (nearest + self.first) & 7)
             }
             (false, false) => {
                 self.rotate_on_auto_eoi = rotate;

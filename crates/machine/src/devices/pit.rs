@@ -85,12 +85,7 @@ impl Channel {
     }
 
     fn set_mode(&mut self, mode: u8, access: Access, bcd: bool) {
-        *self = Self {
-            mode,
-            access,
-            bcd,
-            ..Self::new(self.gate)
-        };
+        *self = Self { mode, access, bcd, ..Self::new(self.gate) };
     }
 
     /// Ticks since counting began.
@@ -110,9 +105,7 @@ impl Channel {
 
     fn load(&mut self, value: u16, tick: u64) {
         let count = if self.bcd {
-            (0..4).rev().fold(0, |sum, digit| {
-                sum * 10 + u32::from(value >> (4 * digit) & 15)
-            })
+            (0..4).rev().fold(0, |sum, digit| sum * 10 + u32::from(value >> (4 * digit) & 15))
         } else {
             u32::from(value)
         };
@@ -151,11 +144,7 @@ impl Channel {
     /// The count as it is read.
     fn count(&self, tick: u64) -> u16 {
         let Some(reload) = self.reload else { return 0 };
-        let (n, modulus, elapsed) = (
-            u64::from(reload),
-            u64::from(self.modulus()),
-            self.elapsed(tick),
-        );
+        let (n, modulus, elapsed) = (u64::from(reload), u64::from(self.modulus()), self.elapsed(tick));
         let count = match self.mode {
             2 => n - elapsed % n,
             // It counts down by two, twice.
@@ -165,9 +154,7 @@ impl Channel {
             _ => (n % modulus + modulus - elapsed % modulus) % modulus,
         } % modulus;
         if self.bcd {
-            (0..4).fold(0, |bcd, digit| {
-                bcd | (count / 10u64.pow(digit) % 10) << (4 * digit)
-            }) as u16
+            (0..4).fold(0, |bcd, digit| bcd | (count / 10u64.pow(digit) % 10) << (4 * digit)) as u16
         } else {
             count as u16
         }
@@ -228,13 +215,8 @@ impl Channel {
                 Access::Both => 3,
             };
             let null = u8::from(self.reload.is_none());
-            self.latched_status = Some(
-                u8::from(self.output(tick)) << 7
-                    | null << 6
-                    | access << 4
-                    | self.mode << 1
-                    | u8::from(self.bcd),
-            );
+            self.latched_status =
+                Some(u8::from(self.output(tick)) << 7 | null << 6 | access << 4 | self.mode << 1 | u8::from(self.bcd));
         }
     }
 
@@ -242,20 +224,13 @@ impl Channel {
         if let Some(status) = self.latched_status.take() {
             return status;
         }
-        let [low, high] = self
-            .latched_count
-            .unwrap_or_else(|| self.count(tick))
-            .to_le_bytes();
+        let [low, high] = self.latched_count.unwrap_or_else(|| self.count(tick)).to_le_bytes();
         let (value, done) = match self.access {
             Access::Low => (low, true),
             Access::High => (high, true),
             Access::Both => {
                 self.high_next = !self.high_next;
-                if self.high_next {
-                    (low, false)
-                } else {
-                    (high, true)
-                }
+                if self.high_next { (low, false) } else { (high, true) }
             }
         };
         if done {
@@ -472,11 +447,7 @@ mod tests {
         pit.write(0, 0, 0);
         assert_eq!(pit.next_deadline(5), None);
         pit.write(0, 0, 0);
-        assert_eq!(
-            pit.next_deadline(5),
-            Some(ns(65536)),
-            "zero is the largest count"
-        );
+        assert_eq!(pit.next_deadline(5), Some(ns(65536)), "zero is the largest count");
     }
 
     #[test]
@@ -486,18 +457,12 @@ mod tests {
         assert_eq!(latch(&mut pit, 0, 1), 999);
         pit.write(3, 0, ns(10));
         pit.write(3, 0, ns(20));
-        assert_eq!(
-            [pit.read(0, ns(30)), pit.read(0, ns(40))],
-            990u16.to_le_bytes()
-        );
+        assert_eq!([pit.read(0, ns(30)), pit.read(0, ns(40))], 990u16.to_le_bytes());
         assert_eq!(latch(&mut pit, 0, 999), 1);
         assert_eq!(latch(&mut pit, 0, 1000), 1000);
         program(&mut pit, 0, 3, 1000, 0);
         assert_eq!([latch(&mut pit, 0, 1), latch(&mut pit, 0, 499)], [998, 2]);
-        assert_eq!(
-            [latch(&mut pit, 0, 500), latch(&mut pit, 0, 501)],
-            [1000, 998]
-        );
+        assert_eq!([latch(&mut pit, 0, 500), latch(&mut pit, 0, 501)], [1000, 998]);
         program(&mut pit, 0, 0, 1000, 0);
         assert_eq!(latch(&mut pit, 0, 1000), 0);
         assert_eq!(latch(&mut pit, 0, 1001), 0xffff, "it goes on past zero");
@@ -542,10 +507,7 @@ mod tests {
         pit.write(2, 0, 0);
         pit.write(3, 0xc8, ns(200));
         assert_eq!(pit.read(2, ns(300)), 0xb0);
-        assert_eq!(
-            [pit.read(2, ns(300)), pit.read(2, ns(300))],
-            (0xffffu16 - 99).to_le_bytes()
-        );
+        assert_eq!([pit.read(2, ns(300)), pit.read(2, ns(300))], (0xffffu16 - 99).to_le_bytes());
     }
 
     #[test]
@@ -591,17 +553,9 @@ mod tests {
         let mut seed = 3u64;
         let mut now = 0u64;
         for _ in 0..200_000 {
-            seed = seed
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let (what, value) = (seed >> 60, (seed >> 40) as u8);
-            now = now
-                .saturating_add(seed >> 20 & 0xff_ffff)
-                .max(if what == 15 && value == 0 {
-                    u64::MAX
-                } else {
-                    0
-                });
+            now = now.saturating_add(seed >> 20 & 0xff_ffff).max(if what == 15 && value == 0 { u64::MAX } else { 0 });
             match what {
                 0..6 => pit.write((seed >> 32) as u16 % 5, value, now),
                 6..9 => {
@@ -614,10 +568,7 @@ mod tests {
                 11..13 => {
                     let _ = pit.advance(now);
                 }
-                _ => assert!(
-                    pit.next_deadline(now)
-                        .is_none_or(|at| at > now || now > u64::MAX / 2)
-                ),
+                _ => assert!(pit.next_deadline(now).is_none_or(|at| at > now || now > u64::MAX / 2)),
             }
         }
     }

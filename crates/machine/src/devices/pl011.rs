@@ -208,11 +208,7 @@ impl Pl011 {
         self.polls = self.polls.saturating_add(1);
         self.update();
         let empty = if self.fifo.is_empty() { FR_RX_EMPTY } else { 0 };
-        let full = if self.fifo.len() >= self.capacity() {
-            FR_RX_FULL
-        } else {
-            0
-        };
+        let full = if self.fifo.len() >= self.capacity() { FR_RX_FULL } else { 0 };
         FR_CONNECTED | FR_TX_EMPTY | empty | full
     }
 
@@ -276,11 +272,7 @@ pub(crate) fn identification(id: &[u8], offset: u64) -> u32 {
 
 /// Serves a read of a device with 32-bit registers; narrower reads get the low part of an aligned register.
 pub(crate) fn read_word(offset: u64, data: &mut [u8], read: impl FnOnce(u64) -> u32) {
-    let value = if offset.is_multiple_of(4) {
-        read(offset)
-    } else {
-        0
-    };
+    let value = if offset.is_multiple_of(4) { read(offset) } else { 0 };
     for (byte, part) in data.iter_mut().zip(value.to_le_bytes()) {
         *byte = part;
     }
@@ -289,10 +281,7 @@ pub(crate) fn read_word(offset: u64, data: &mut [u8], read: impl FnOnce(u64) -> 
 /// The 32-bit value of a write; narrower ones have zeros above. `None` if no register begins there.
 pub(crate) fn written_word(offset: u64, data: &[u8]) -> Option<u32> {
     let mut bytes = [0; 4];
-    bytes
-        .iter_mut()
-        .zip(data)
-        .for_each(|(byte, part)| *byte = *part);
+    bytes.iter_mut().zip(data).for_each(|(byte, part)| *byte = *part);
     offset.is_multiple_of(4).then(|| u32::from_le_bytes(bytes))
 }
 
@@ -384,12 +373,7 @@ mod tests {
             let uart = Pl011::new(Box::new(output.clone()), pin, |_| panic!("no error"));
             let uart = Arc::new(Mutex::new(uart));
             let input = UartInput::new(uart.clone());
-            Self {
-                uart,
-                input,
-                output,
-                line,
-            }
+            Self { uart, input, output, line }
         }
 
         fn get(&self, register: u64) -> u32 {
@@ -445,10 +429,7 @@ mod tests {
         let read: Vec<u8> = (0..5).map(|_| rig.get(reg::DR) as u8).collect();
         assert_eq!(read, b"hello");
         assert!(!rig.line.is_asserted());
-        assert_eq!(
-            (rig.get(reg::FR) & FR_RX_EMPTY, rig.get(reg::DR)),
-            (FR_RX_EMPTY, 0)
-        );
+        assert_eq!((rig.get(reg::FR) & FR_RX_EMPTY, rig.get(reg::DR)), (FR_RX_EMPTY, 0));
     }
 
     #[test]

@@ -44,24 +44,13 @@ impl Pl031 {
     /// A clock with the host's time.
     #[must_use]
     pub fn host_time() -> Self {
-        Self::with_clock(|| {
-            SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs())
-        })
+        Self::with_clock(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
     }
 
     /// A clock whose time in seconds is `now`'s.
     #[must_use]
     pub fn with_clock(now: impl Fn() -> u64 + Send + 'static) -> Self {
-        Self {
-            now: Box::new(now),
-            offset: 0,
-            alarm: 0,
-            armed: false,
-            load: 0,
-            mask: false,
-        }
+        Self { now: Box::new(now), offset: 0, alarm: 0, armed: false, load: 0, mask: false }
     }
 
     fn time(&self) -> u32 {
@@ -139,10 +128,7 @@ mod tests {
     fn at(seconds: u64) -> (Pl031, Arc<AtomicU64>) {
         let time = Arc::new(AtomicU64::new(seconds));
         let shared = time.clone();
-        (
-            Pl031::with_clock(move || shared.load(Ordering::SeqCst)),
-            time,
-        )
+        (Pl031::with_clock(move || shared.load(Ordering::SeqCst)), time)
     }
 
     #[test]
@@ -151,10 +137,7 @@ mod tests {
         assert_eq!(get(&mut clock, reg::DATA), 1_000_000);
         clock.write(reg::LOAD, &500u32.to_le_bytes());
         time.fetch_add(7, Ordering::SeqCst);
-        assert_eq!(
-            (get(&mut clock, reg::DATA), get(&mut clock, reg::LOAD)),
-            (507, 500)
-        );
+        assert_eq!((get(&mut clock, reg::DATA), get(&mut clock, reg::LOAD)), (507, 500));
     }
 
     #[test]
@@ -165,10 +148,7 @@ mod tests {
         clock.write(reg::MASK, &[1]);
         assert_eq!(get(&mut clock, reg::MASKED), 0);
         time.store(102, Ordering::SeqCst);
-        assert_eq!(
-            (get(&mut clock, reg::RAW), get(&mut clock, reg::MASKED)),
-            (1, 1)
-        );
+        assert_eq!((get(&mut clock, reg::RAW), get(&mut clock, reg::MASKED)), (1, 1));
         clock.write(reg::CLEAR, &[1]);
         assert_eq!(get(&mut clock, reg::RAW), 0);
     }
@@ -176,10 +156,7 @@ mod tests {
     #[test]
     fn drivers_find_its_identification() {
         let (mut clock, _) = at(0);
-        assert_eq!(
-            (get(&mut clock, reg::ID), get(&mut clock, reg::ID + 4)),
-            (0x31, 0x10)
-        );
+        assert_eq!((get(&mut clock, reg::ID), get(&mut clock, reg::ID + 4)), (0x31, 0x10));
         assert_eq!(get(&mut clock, 0xffc), 0xb1);
     }
 

@@ -59,15 +59,10 @@ impl DateTime {
         // Years that begin in March make the leap day the last of the year; eras of 400 years repeat.
         let shifted = days + 719_468;
         let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
-        let year_of_era =
-            (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+        let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
         let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
         let march_month = (5 * day_of_year + 2) / 153;
-        let month = if march_month < 10 {
-            march_month + 3
-        } else {
-            march_month - 9
-        };
+        let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
         let year = era * 400 + year_of_era + i64::from(month <= 2);
         Self {
             century: year.div_euclid(100).rem_euclid(100) as u8,
@@ -91,10 +86,7 @@ impl DateTime {
         let day_of_year = (153 * march_month + 2) / 5 + i64::from(self.day) - 1;
         let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
         let days = era * 146_097 + day_of_era - 719_468;
-        days * 86_400
-            + i64::from(self.hour) * 3600
-            + i64::from(self.minute) * 60
-            + i64::from(self.second)
+        days * 86_400 + i64::from(self.hour) * 3600 + i64::from(self.minute) * 60 + i64::from(self.second)
     }
 
     fn field(&mut self, register: u8) -> Option<&mut u8> {
@@ -129,11 +121,7 @@ impl Rtc {
     /// A clock that shows what `clock` says, for a machine with `below_4g` and `above_4g` bytes of RAM below and above 4 GiB,
     /// which firmware reads from CMOS memory.
     #[must_use]
-    pub fn new(
-        clock: impl Fn() -> SystemTime + Send + 'static,
-        below_4g: u64,
-        above_4g: u64,
-    ) -> Self {
+    pub fn new(clock: impl Fn() -> SystemTime + Send + 'static, below_4g: u64, above_4g: u64) -> Self {
         let mut memory = [0; 128];
         memory[usize::from(REG_A)] = 0x26; // 32.768 kHz, 1.024 kHz periodic
         memory[usize::from(REG_B)] = B_24_HOURS;
@@ -147,14 +135,7 @@ impl Rtc {
         store(0x30, 2, extended);
         store(0x34, 2, below_4g.saturating_sub(16 << 20) >> 16); // 64 KiB units above 16 MiB
         store(0x5b, 3, above_4g >> 16);
-        let mut rtc = Self {
-            clock: Box::new(clock),
-            offset: 0,
-            held: None,
-            index: 0,
-            memory,
-            seen: 0,
-        };
+        let mut rtc = Self { clock: Box::new(clock), offset: 0, held: None, index: 0, memory, seen: 0 };
         rtc.seen = rtc.now().0;
         rtc
     }
@@ -166,17 +147,10 @@ impl Rtc {
     }
 
     fn host_seconds(&self) -> (i64, Duration) {
-        let since = (self.clock)()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let since = (self.clock)().duration_since(UNIX_EPOCH).unwrap_or_default();
         // A host clock beyond the year 292 billion is no time; the calendar arithmetic needs some room below that.
-        let seconds = i64::try_from(since.as_secs())
-            .unwrap_or(0)
-            .min(i64::MAX / 4);
-        (
-            seconds,
-            Duration::from_nanos(u64::from(since.subsec_nanos())),
-        )
+        let seconds = i64::try_from(since.as_secs()).unwrap_or(0).min(i64::MAX / 4);
+        (seconds, Duration::from_nanos(u64::from(since.subsec_nanos())))
     }
 
     /// The guest's time: seconds since 1970 and the part of the second that has passed.
@@ -186,8 +160,7 @@ impl Rtc {
     }
 
     fn date_time(&self) -> DateTime {
-        self.held
-            .unwrap_or_else(|| DateTime::from_unix(self.now().0))
+        self.held.unwrap_or_else(|| DateTime::from_unix(self.now().0))
     }
 
     fn set_time(&mut self, time: DateTime) {
@@ -200,11 +173,7 @@ impl Rtc {
 
     fn encode(&self, register: u8, value: u8) -> u8 {
         let to_bcd = |v: u8| {
-            if self.reg_b() & B_BINARY != 0 {
-                v
-            } else {
-                ((v / 10 % 10) << 4) | (v % 10)
-            }
+            if self.reg_b() & B_BINARY != 0 { v } else { ((v / 10 % 10) << 4) | (v % 10) }
         };
         if register != HOURS || self.reg_b() & B_24_HOURS != 0 {
             return to_bcd(value);
@@ -216,11 +185,7 @@ impl Rtc {
 
     fn decode(&self, register: u8, raw: u8) -> u8 {
         let from_bcd = |v: u8| {
-            if self.reg_b() & B_BINARY != 0 {
-                v
-            } else {
-                (v >> 4).saturating_mul(10).saturating_add(v & 0x0f)
-            }
+            if self.reg_b() & B_BINARY != 0 { v } else { (v >> 4).saturating_mul(10).saturating_add(v & 0x0f) }
         };
         if register != HOURS || self.reg_b() & B_24_HOURS != 0 {
             return from_bcd(raw);
@@ -234,8 +199,7 @@ impl Rtc {
         }
         match register {
             REG_A => {
-                let updating =
-                    self.held.is_none() && self.now().1 >= Duration::from_secs(1) - UPDATE_LEAD;
+                let updating = self.held.is_none() && self.now().1 >= Duration::from_secs(1) - UPDATE_LEAD;
                 self.memory[usize::from(REG_A)] | if updating { A_UPDATE_IN_PROGRESS } else { 0 }
             }
             REG_C => {
@@ -342,18 +306,7 @@ mod tests {
     }
 
     fn all(rtc: &mut Rtc) -> Vec<u8> {
-        [
-            RTC_CENTURY,
-            YEAR,
-            MONTH,
-            DAY,
-            WEEKDAY,
-            HOURS,
-            MINUTES,
-            SECONDS,
-        ]
-        .map(|r| get(rtc, r))
-        .to_vec()
+        [RTC_CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS].map(|r| get(rtc, r)).to_vec()
     }
 
     #[test]
@@ -371,14 +324,7 @@ mod tests {
     #[test]
     fn twelve_hour_clock_has_no_zero() {
         let (mut rtc, _) = rtc();
-        for (hour, raw) in [
-            (0, 12),
-            (1, 1),
-            (11, 11),
-            (12, 0x8c),
-            (13, 0x81),
-            (23, 0x8b),
-        ] {
+        for (hour, raw) in [(0, 12), (1, 1), (11, 11), (12, 0x8c), (13, 0x81), (23, 0x8b)] {
             set(&mut rtc, REG_B, B_24_HOURS | B_BINARY);
             set(&mut rtc, HOURS, hour);
             set(&mut rtc, REG_B, B_BINARY);
@@ -417,19 +363,9 @@ mod tests {
     #[test]
     fn update_in_progress_only_just_before_the_second() {
         let (mut rtc, host) = rtc();
-        for (micros, shown) in [
-            (0, 0),
-            (999_000, 0),
-            (999_756, 0x80),
-            (999_999, 0x80),
-            (1_000_000, 0),
-        ] {
+        for (micros, shown) in [(0, 0), (999_000, 0), (999_756, 0x80), (999_999, 0x80), (1_000_000, 0)] {
             host.store(WHEN * 1_000_000 + micros, Ordering::SeqCst);
-            assert_eq!(
-                get(&mut rtc, REG_A) & A_UPDATE_IN_PROGRESS,
-                shown,
-                "{micros}"
-            );
+            assert_eq!(get(&mut rtc, REG_A) & A_UPDATE_IN_PROGRESS, shown, "{micros}");
         }
         host.store(WHEN * 1_000_000 + 999_999, Ordering::SeqCst);
         set(&mut rtc, REG_B, B_SET);
@@ -451,18 +387,11 @@ mod tests {
     #[test]
     fn memory_sizes_and_other_bytes() {
         let (mut rtc, _) = rtc();
-        let size =
-            |rtc: &mut Rtc, at: u8| u16::from(get(rtc, at)) | u16::from(get(rtc, at + 1)) << 8;
+        let size = |rtc: &mut Rtc, at: u8| u16::from(get(rtc, at)) | u16::from(get(rtc, at + 1)) << 8;
         assert_eq!(size(&mut rtc, 0x15), 640);
         assert_eq!(size(&mut rtc, 0x30), 0xffff);
-        assert_eq!(
-            u64::from(size(&mut rtc, 0x34)),
-            ((3u64 << 30) - (16 << 20)) >> 16
-        );
-        assert_eq!(
-            u64::from(size(&mut rtc, 0x5b)) | u64::from(get(&mut rtc, 0x5d)) << 16,
-            (5 << 30) >> 16
-        );
+        assert_eq!(u64::from(size(&mut rtc, 0x34)), ((3u64 << 30) - (16 << 20)) >> 16);
+        assert_eq!(u64::from(size(&mut rtc, 0x5b)) | u64::from(get(&mut rtc, 0x5d)) << 16, (5 << 30) >> 16);
         set(&mut rtc, 0x0f, 0x0a);
         assert_eq!((get(&mut rtc, 0x0f), get(&mut rtc, REG_D)), (0x0a, 0x80));
     }
@@ -472,13 +401,7 @@ mod tests {
         for day in (-200_000..400_000).step_by(37) {
             let seconds = day * 86_400 + 12_345;
             let date = DateTime::from_unix(seconds);
-            assert_eq!(
-                DateTime {
-                    weekday: 0,
-                    ..DateTime::from_unix(date.to_unix())
-                },
-                DateTime { weekday: 0, ..date }
-            );
+            assert_eq!(DateTime { weekday: 0, ..DateTime::from_unix(date.to_unix()) }, DateTime { weekday: 0, ..date });
             if date.century < 100 && seconds >= 0 {
                 assert_eq!(date.to_unix(), seconds);
             }

@@ -76,9 +76,7 @@ impl BusDevice for TestIrqs {
     fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let pin = usize::try_from(offset)
-            .ok()
-            .and_then(|at| self.0.get_mut(at));
+        let pin = usize::try_from(offset).ok().and_then(|at| self.0.get_mut(at));
         if let (Some(pin), [value]) = (pin, data) {
             pin.set(*value != 0);
         }

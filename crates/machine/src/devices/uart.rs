@@ -140,17 +140,12 @@ impl Uart {
 
     /// FIFO level at which "received data available" is raised (section 8.4, FCR bits 6 and 7).
     fn trigger_level(&self) -> usize {
-        if self.fcr & FCR_ENABLE == 0 {
-            1
-        } else {
-            [1, 4, 8, 14][usize::from(self.fcr >> 6)]
-        }
+        if self.fcr & FCR_ENABLE == 0 { 1 } else { [1, 4, 8, 14][usize::from(self.fcr >> 6)] }
     }
 
     /// Whether the guest shows that it listens; see the module's text.
     fn listens(&self) -> bool {
-        self.mcr & MCR_LOOP == 0
-            && (self.mcr & MCR_RTS != 0 || self.ier & ier::RECEIVED != 0 || self.polls >= POLLS)
+        self.mcr & MCR_LOOP == 0 && (self.mcr & MCR_RTS != 0 || self.ier & ier::RECEIVED != 0 || self.polls >= POLLS)
     }
 
     /// Moves input to the FIFO as far as it goes, then drives the interrupt pin.
@@ -215,15 +210,10 @@ impl Uart {
         if self.mcr & MCR_LOOP == 0 {
             return MSR_CONNECTED;
         }
-        [
-            (MCR_RTS, MSR_CTS),
-            (MCR_DTR, MSR_DSR),
-            (MCR_OUT1, MSR_RI),
-            (MCR_OUT2, MSR_DCD),
-        ]
-        .into_iter()
-        .filter(|(output, _)| self.mcr & output != 0)
-        .fold(0, |inputs, (_, input)| inputs | input)
+        [(MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD)]
+            .into_iter()
+            .filter(|(output, _)| self.mcr & output != 0)
+            .fold(0, |inputs, (_, input)| inputs | input)
     }
 
     fn set_mcr(&mut self, value: u8) {
@@ -239,16 +229,10 @@ impl Uart {
 
     fn set_fcr(&mut self, value: u8) {
         // Changing bit 0 clears both FIFOs; the other bits only count while it is written as one (section 8.4).
-        if (value ^ self.fcr) & FCR_ENABLE != 0
-            || (value & FCR_ENABLE != 0 && value & FCR_CLEAR_RX != 0)
-        {
+        if (value ^ self.fcr) & FCR_ENABLE != 0 || (value & FCR_ENABLE != 0 && value & FCR_CLEAR_RX != 0) {
             self.fifo.clear();
         }
-        self.fcr = if value & FCR_ENABLE != 0 {
-            value & 0xc9
-        } else {
-            0
-        };
+        self.fcr = if value & FCR_ENABLE != 0 { value & 0xc9 } else { 0 };
     }
 
     fn set_ier(&mut self, value: u8) {
@@ -278,26 +262,13 @@ impl Uart {
                 if source == iir::THR_EMPTY {
                     self.thr_empty_event = false;
                 }
-                source
-                    | if self.fcr & FCR_ENABLE != 0 {
-                        iir::FIFOS_ON
-                    } else {
-                        0
-                    }
+                source | if self.fcr & FCR_ENABLE != 0 { iir::FIFOS_ON } else { 0 }
             }
             reg::LCR => self.lcr,
             reg::MCR => self.mcr,
             reg::LSR => {
-                let overrun = if std::mem::take(&mut self.overrun) {
-                    LSR_OVERRUN
-                } else {
-                    0
-                };
-                let ready = if self.fifo.is_empty() {
-                    0
-                } else {
-                    LSR_DATA_READY
-                };
+                let overrun = if std::mem::take(&mut self.overrun) { LSR_OVERRUN } else { 0 };
+                let ready = if self.fifo.is_empty() { 0 } else { LSR_DATA_READY };
                 LSR_TRANSMITTER_EMPTY | overrun | ready
             }
             reg::MSR => {
@@ -328,7 +299,6 @@ impl Uart {
         }
         self.update();
     }
-
 }
 
 impl SerialPort for Uart {
@@ -409,10 +379,7 @@ impl Room {
     fn wait(&self, mark: u64) {
         let mut changes = lock(&self.changes);
         while *changes == mark {
-            changes = self
-                .changed
-                .wait(changes)
-                .unwrap_or_else(PoisonError::into_inner);
+            changes = self.changed.wait(changes).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -24,9 +24,7 @@ impl Sink {
 
 fn uart() -> (Uart, Arc<CountingLine>, Sink) {
     let (line, sink) = (Arc::new(CountingLine::default()), Sink::default());
-    let uart = Uart::new(Box::new(sink.clone()), IrqPin::new(line.clone()), |e| {
-        panic!("{e}")
-    });
+    let uart = Uart::new(Box::new(sink.clone()), IrqPin::new(line.clone()), |e| panic!("{e}"));
     (uart, line, sink)
 }
 
@@ -67,10 +65,7 @@ fn divisor_latch_hides_data_and_interrupt_enable() {
     assert_eq!((get(&mut u, reg::DATA), get(&mut u, reg::IER)), (12, 0));
     set(&mut u, reg::DATA, 0x34);
     set(&mut u, reg::IER, 0x12);
-    assert_eq!(
-        (get(&mut u, reg::DATA), get(&mut u, reg::IER)),
-        (0x34, 0x12)
-    );
+    assert_eq!((get(&mut u, reg::DATA), get(&mut u, reg::IER)), (0x34, 0x12));
     set(&mut u, reg::LCR, 0x03);
     assert_eq!(get(&mut u, reg::IER), 0x05);
     assert_eq!(get(&mut u, reg::LCR), 0x03);
@@ -83,14 +78,7 @@ fn scratch_keeps_and_reserved_bits_read_zero() {
     set(&mut u, reg::SCR, 0xa5);
     set(&mut u, reg::IER, 0xf0);
     set(&mut u, reg::MCR, 0xe0);
-    assert_eq!(
-        (
-            get(&mut u, reg::SCR),
-            get(&mut u, reg::IER),
-            get(&mut u, reg::MCR)
-        ),
-        (0xa5, 0, 0)
-    );
+    assert_eq!((get(&mut u, reg::SCR), get(&mut u, reg::IER), get(&mut u, reg::MCR)), (0xa5, 0, 0));
     assert_eq!(get(&mut u, reg::IIR_FCR), 0x01);
     set(&mut u, reg::IIR_FCR, 0x01);
     assert_eq!(get(&mut u, reg::IIR_FCR), 0xc1);
@@ -108,11 +96,7 @@ fn thr_empty_is_an_edge_at_enabling_and_at_each_byte() {
     assert_eq!(line.edges(), 1, "it was enabled already");
     for n in 2..10 {
         set(&mut u, reg::DATA, b'x');
-        assert_eq!(
-            line.edges(),
-            n,
-            "the pin fell and rose again without IIR being read"
-        );
+        assert_eq!(line.edges(), n, "the pin fell and rose again without IIR being read");
     }
     set(&mut u, reg::IER, 0);
     assert!(!line.is_asserted());
@@ -153,14 +137,7 @@ fn trigger_level_and_timeout_have_their_own_identities() {
 fn loop_back_wires_modem_outputs_to_inputs() {
     let (mut u, _, sink) = uart();
     assert_eq!(get(&mut u, reg::MSR), 0xb0);
-    for (mcr, inputs) in [
-        (0x10, 0x00),
-        (0x12, 0x10),
-        (0x11, 0x20),
-        (0x14, 0x40),
-        (0x18, 0x80),
-        (0x1f, 0xf0),
-    ] {
+    for (mcr, inputs) in [(0x10, 0x00), (0x12, 0x10), (0x11, 0x20), (0x14, 0x40), (0x18, 0x80), (0x1f, 0xf0)] {
         set(&mut u, reg::MCR, mcr);
         assert_eq!(get(&mut u, reg::MSR) & 0xf0, inputs);
     }
@@ -244,9 +221,7 @@ fn input_is_bounded_and_none_is_lost() {
     let (u, _, _) = opened();
     let uart = Arc::new(Mutex::new(u));
     let input = UartInput::new(uart.clone());
-    let sent: Vec<u8> = (0..3 * INPUT_QUEUE)
-        .map(|i| (i * 7 + i / 251) as u8)
-        .collect();
+    let sent: Vec<u8> = (0..3 * INPUT_QUEUE).map(|i| (i * 7 + i / 251) as u8).collect();
     let sender = std::thread::spawn({
         let (input, sent) = (input.clone(), sent.clone());
         move || input.send(&sent)
@@ -369,8 +344,7 @@ mod differential {
                         theirs.write(1, value).unwrap();
                     }
                     4 => {
-                        let value = random.below(256) as u8 & 0x7f
-                            | if random.below(4) == 0 { 0x80 } else { 0 };
+                        let value = random.below(256) as u8 & 0x7f | if random.below(4) == 0 { 0x80 } else { 0 };
                         dlab = value & 0x80 != 0;
                         set(&mut ours, reg::LCR, value);
                         theirs.write(3, value).unwrap();
@@ -382,17 +356,9 @@ mod differential {
                         theirs.write(4, mcr).unwrap();
                         assert_eq!(get(&mut ours, reg::MCR), theirs.read(4), "{say}: MCR");
                     }
-                    6 => assert_eq!(
-                        get(&mut ours, reg::LSR) & 0x61,
-                        theirs.read(5) & 0x61,
-                        "{say}: LSR"
-                    ),
+                    6 => assert_eq!(get(&mut ours, reg::LSR) & 0x61, theirs.read(5) & 0x61, "{say}: LSR"),
                     // Theirs has no change bits.
-                    7 => assert_eq!(
-                        get(&mut ours, reg::MSR) & 0xf0,
-                        theirs.read(6) & 0xf0,
-                        "{say}: MSR"
-                    ),
+                    7 => assert_eq!(get(&mut ours, reg::MSR) & 0xf0, theirs.read(6) & 0xf0, "{say}: MSR"),
                     8 => {
                         let value = random.below(256) as u8;
                         set(&mut ours, reg::SCR, value);
@@ -404,9 +370,7 @@ mod differential {
                         assert_eq!(ours.receive(&byte), 1);
                         assert_eq!(theirs.enqueue_raw_bytes(&byte).unwrap(), 1);
                         buffered += 1;
-                        if ours.ier & ier::RECEIVED != 0
-                            && before.1 != events.0.load(Ordering::SeqCst)
-                        {
+                        if ours.ier & ier::RECEIVED != 0 && before.1 != events.0.load(Ordering::SeqCst) {
                             assert!(line.is_asserted(), "{say}: they announced input, we do not");
                         }
                     }
@@ -417,10 +381,7 @@ mod differential {
                 }
                 // Wherever they raise an event, our pin is up for it, or rose.
                 if events.0.load(Ordering::SeqCst) > before.1 {
-                    assert!(
-                        line.is_asserted() || line.edges() > before.0,
-                        "{say}: they interrupt, we do not"
-                    );
+                    assert!(line.is_asserted() || line.edges() > before.0, "{say}: they interrupt, we do not");
                 }
             }
             assert_eq!(sink.taken(), *theirs.writer(), "seed {seed}: output");

@@ -4,9 +4,7 @@
 //! [`build`] is pure: it lays all tables out in one image for a given address. It must describe the board as it is; the
 //! addresses and numbers come from the devices' own constants.
 
-use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
-};
+use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -49,16 +47,10 @@ pub struct AcpiImage {
 /// Lays out the tables for `cpus` CPUs with local APIC ids from 0 at `address`, a multiple of 64 below 4 GiB.
 #[must_use]
 pub fn build(address: u32, cpus: u32) -> AcpiImage {
-    let mut image = AcpiImage {
-        address,
-        bytes: vec![0; RSDP_LEN],
-    };
+    let mut image = AcpiImage { address, bytes: vec![0; RSDP_LEN] };
     let facs = image.append(&bytes_of(&FACS::new()));
     let dsdt = image.append(dsdt().as_slice());
-    let tables = [
-        image.append(&fadt(dsdt, facs)),
-        image.append(madt(cpus).as_slice()),
-    ];
+    let tables = [image.append(&fadt(dsdt, facs)), image.append(madt(cpus).as_slice())];
 
     // Both forms of the root table: old guests only know the 32-bit one.
     let mut rsdt = sdt(*b"RSDT", 1);
@@ -76,8 +68,7 @@ pub fn build(address: u32, cpus: u32) -> AcpiImage {
 impl AcpiImage {
     /// Adds a table and answers its address.
     fn append(&mut self, table: &[u8]) -> u32 {
-        self.bytes
-            .resize(self.bytes.len().next_multiple_of(ALIGN), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(ALIGN), 0);
         let address = self.address + self.bytes.len() as u32;
         self.bytes.extend_from_slice(table);
         address
@@ -139,10 +130,7 @@ fn fadt(dsdt: u32, facs: u32) -> Vec<u8> {
         Flags::Headless,
     ]
     .into_iter()
-    .fold(
-        FADTBuilder::new(OEM_ID, OEM_TABLE, OEM_REVISION),
-        FADTBuilder::flag,
-    );
+    .fold(FADTBuilder::new(OEM_ID, OEM_TABLE, OEM_REVISION), FADTBuilder::flag);
     fadt.firmware_ctrl = facs.into();
     fadt.dsdt = dsdt.into();
     fadt.x_dsdt = u64::from(dsdt).into();
@@ -177,9 +165,7 @@ fn madt(cpus: u32) -> Sdt {
             // Processor local x2APIC: reserved, x2APIC id, enabled, uid.
             _ => {
                 body.extend([9, 16, 0, 0]);
-                [id, 1, id]
-                    .iter()
-                    .for_each(|field| body.extend(field.to_le_bytes()));
+                [id, 1, id].iter().for_each(|field| body.extend(field.to_le_bytes()));
             }
         }
     }
@@ -187,10 +173,7 @@ fn madt(cpus: u32) -> Sdt {
     body.extend(IO_APIC_ADDRESS.to_le_bytes());
     body.extend(0u32.to_le_bytes());
     // Interrupt source overrides: ISA bus, IRQ, GSI, flags.
-    for (irq, gsi, flags) in [
-        (0u8, TIMER_PIN, 0u16),
-        (SCI_IRQ as u8, SCI_IRQ, LEVEL_ACTIVE_HIGH),
-    ] {
+    for (irq, gsi, flags) in [(0u8, TIMER_PIN, 0u16), (SCI_IRQ as u8, SCI_IRQ, LEVEL_ACTIVE_HIGH)] {
         body.extend([2, 10, 0, irq]);
         body.extend(gsi.to_le_bytes());
         body.extend(flags.to_le_bytes());
@@ -233,10 +216,7 @@ fn dsdt() -> Sdt {
                 "RTC_".into(),
                 vec![
                     &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
-                    &Name::new(
-                        "_CRS".into(),
-                        &ResourceTemplate::new(vec![&IO::new(rtc, rtc, 1, RTC_LEN as u8)]),
-                    ),
+                    &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&IO::new(rtc, rtc, 1, RTC_LEN as u8)])),
                 ],
             ),
         ],
@@ -271,16 +251,8 @@ mod tests {
         let bytes = &image.bytes[(address - u64::from(image.address)) as usize..];
         let table = &bytes[..u32_at(bytes, 4) as usize];
         if &table[..4] != b"FACS" {
-            assert_eq!(
-                sum(table),
-                0,
-                "checksum of {:?}",
-                String::from_utf8_lossy(&table[..4])
-            );
-            assert_eq!(
-                (&table[10..16], &table[16..24]),
-                (&OEM_ID[..], &OEM_TABLE[..])
-            );
+            assert_eq!(sum(table), 0, "checksum of {:?}", String::from_utf8_lossy(&table[..4]));
+            assert_eq!((&table[10..16], &table[16..24]), (&OEM_ID[..], &OEM_TABLE[..]));
         }
         table
     }
@@ -289,23 +261,14 @@ mod tests {
     fn find<'a>(image: &'a AcpiImage, signature: &[u8; 4]) -> &'a [u8] {
         let rsdp = &image.bytes[..36];
         assert_eq!(&rsdp[..8], b"RSD PTR ");
-        assert_eq!(
-            (sum(&rsdp[..20]), sum(rsdp), rsdp[15], u32_at(rsdp, 20)),
-            (0, 0, 2, 36)
-        );
+        assert_eq!((sum(&rsdp[..20]), sum(rsdp), rsdp[15], u32_at(rsdp, 20)), (0, 0, 2, 36));
         let rsdt = table(image, u64::from(u32_at(rsdp, 16)));
         let xsdt = table(image, u64_at(rsdp, 24));
         assert_eq!((&rsdt[..4], &xsdt[..4]), (&b"RSDT"[..], &b"XSDT"[..]));
-        let old: Vec<u64> = rsdt[36..]
-            .chunks_exact(4)
-            .map(|c| u64::from(u32_at(c, 0)))
-            .collect();
+        let old: Vec<u64> = rsdt[36..].chunks_exact(4).map(|c| u64::from(u32_at(c, 0))).collect();
         let new: Vec<u64> = xsdt[36..].chunks_exact(8).map(|c| u64_at(c, 0)).collect();
         assert_eq!(old, new);
-        new.into_iter()
-            .map(|at| table(image, at))
-            .find(|t| &t[..4] == signature)
-            .unwrap()
+        new.into_iter().map(|at| table(image, at)).find(|t| &t[..4] == signature).unwrap()
     }
 
     /// The entries of a MADT: type and bytes behind the length.
@@ -330,39 +293,16 @@ mod tests {
         assert_eq!(&table(&image, u64::from(u32_at(fadt, 40)))[..4], b"DSDT");
         assert_eq!(u64_at(fadt, 140), u64::from(u32_at(fadt, 40)));
         assert_eq!(u16::from_le_bytes([fadt[46], fadt[47]]), 9);
-        assert_eq!(
-            (
-                u32_at(fadt, 48),
-                u32_at(fadt, 56),
-                u32_at(fadt, 64),
-                u32_at(fadt, 76)
-            ),
-            (0, 0x600, 0x604, 0x608)
-        );
+        assert_eq!((u32_at(fadt, 48), u32_at(fadt, 56), u32_at(fadt, 64), u32_at(fadt, 76)), (0, 0x600, 0x604, 0x608));
         assert_eq!((fadt[88], fadt[89], fadt[91]), (4, 2, 4));
         assert_eq!(fadt[108], 0x32);
         let flags = u32_at(fadt, 112);
-        assert_eq!(
-            flags & (1 << 10 | 1 << 8 | 1 << 4 | 1 << 20),
-            1 << 10 | 1 << 8
-        );
+        assert_eq!(flags & (1 << 10 | 1 << 8 | 1 << 4 | 1 << 20), 1 << 10 | 1 << 8);
         // Reset register: I/O space, 8 bits, byte access.
-        assert_eq!(
-            (&fadt[116..120], u64_at(fadt, 120), fadt[128]),
-            (&[1, 8, 0, 1][..], 0xcf9, 6)
-        );
-        assert_eq!(
-            (&fadt[148..152], u64_at(fadt, 152)),
-            (&[1, 32, 0, 3][..], 0x600)
-        );
-        assert_eq!(
-            (&fadt[172..176], u64_at(fadt, 176)),
-            (&[1, 16, 0, 2][..], 0x604)
-        );
-        assert_eq!(
-            (&fadt[208..212], u64_at(fadt, 212)),
-            (&[1, 32, 0, 3][..], 0x608)
-        );
+        assert_eq!((&fadt[116..120], u64_at(fadt, 120), fadt[128]), (&[1, 8, 0, 1][..], 0xcf9, 6));
+        assert_eq!((&fadt[148..152], u64_at(fadt, 152)), (&[1, 32, 0, 3][..], 0x600));
+        assert_eq!((&fadt[172..176], u64_at(fadt, 176)), (&[1, 16, 0, 2][..], 0x604));
+        assert_eq!((&fadt[208..212], u64_at(fadt, 212)), (&[1, 32, 0, 3][..], 0x608));
     }
 
     #[test]
@@ -370,15 +310,8 @@ mod tests {
         let image = build(AT, 3);
         let madt = find(&image, b"APIC");
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
-        let cpus: Vec<_> = entries(madt)
-            .into_iter()
-            .filter(|(kind, _)| *kind == 0)
-            .map(|(_, e)| e.to_vec())
-            .collect();
-        assert_eq!(
-            cpus,
-            [[0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [2, 2, 1, 0, 0, 0]]
-        );
+        let cpus: Vec<_> = entries(madt).into_iter().filter(|(kind, _)| *kind == 0).map(|(_, e)| e.to_vec()).collect();
+        assert_eq!(cpus, [[0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [2, 2, 1, 0, 0, 0]]);
         assert!(entries(madt).iter().all(|(kind, _)| *kind != 9));
     }
 
@@ -402,17 +335,9 @@ mod tests {
         let image = build(AT, 1);
         let madt = find(&image, b"APIC");
         let all = entries(madt);
-        let of = |kind: u8| {
-            all.iter()
-                .filter(move |(k, _)| *k == kind)
-                .map(|(_, e)| e.to_vec())
-                .collect::<Vec<_>>()
-        };
+        let of = |kind: u8| all.iter().filter(move |(k, _)| *k == kind).map(|(_, e)| e.to_vec()).collect::<Vec<_>>();
         assert_eq!(of(1), [[IO_APIC_ID, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]]);
-        assert_eq!(
-            of(2),
-            [[0, 0, 2, 0, 0, 0, 0, 0], [0, 9, 9, 0, 0, 0, 0x0d, 0]]
-        );
+        assert_eq!(of(2), [[0, 0, 2, 0, 0, 0, 0, 0], [0, 9, 9, 0, 0, 0, 0x0d, 0]]);
         assert_eq!(of(4), [[0xff, 0, 0, 1]]);
     }
 
@@ -423,9 +348,7 @@ mod tests {
         let dsdt = table(&image, u64::from(u32_at(fadt, 40)));
         let has = |wanted: &[u8]| dsdt.windows(wanted.len()).any(|window| window == wanted);
         // Name (\_S5_, Package (4) { 0, 0, 0, 0 }): zero is ZeroOp.
-        assert!(has(&[
-            0x08, b'\\', b'_', b'S', b'5', b'_', 0x12, 0x06, 0x04, 0, 0, 0, 0
-        ]));
+        assert!(has(&[0x08, b'\\', b'_', b'S', b'5', b'_', 0x12, 0x06, 0x04, 0, 0, 0, 0]));
         // EISAID ("PNP0501"), IO (Decode16, 0x3f8, 0x3f8, 1, 8), Interrupt (…) { 4 }.
         assert!(has(&[0x0c, 0x41, 0xd0, 0x05, 0x01]));
         assert!(has(&[0x47, 0x01, 0xf8, 0x03, 0xf8, 0x03, 0x01, 0x08]));

@@ -10,9 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use vm_accel::{
-    Accel, AccelError, IrqChip, IrqHandle, IrqTarget, MsiMessage, VcpuKick, VcpuOps, VcpuResult,
-};
+use vm_accel::{Accel, AccelError, IrqChip, IrqHandle, IrqTarget, MsiMessage, VcpuKick, VcpuOps, VcpuResult};
 
 use super::{CASCADE, IO_APIC_ADDRESS, IO_APIC_ID, IO_APIC_PINS, TIMER_PIN};
 use crate::bus::{Bus, BusDevice, BusError, lock};
@@ -44,8 +42,7 @@ impl IrqLine for KernelLine {
     fn set_level(&self, asserted: bool) {
         if let Err(source) = self.handle.set_line(self.gsi, asserted) {
             let what = format!("line {}", self.gsi);
-            self.control
-                .finish(Outcome::Failed(Failure::Interrupt { what, source }));
+            self.control.finish(Outcome::Failed(Failure::Interrupt { what, source }));
         }
     }
 }
@@ -74,10 +71,7 @@ impl Interrupts {
             IrqChip::None => Self::None,
             IrqChip::Kernel => {
                 vm.set_irq_routes(&kernel_routes())?;
-                Self::Kernel {
-                    handle: vm.irq_handle()?,
-                    control,
-                }
+                Self::Kernel { handle: vm.irq_handle()?, control }
             }
             IrqChip::Split => {
                 let handle = vm.irq_handle()?;
@@ -90,15 +84,10 @@ impl Interrupts {
     pub(crate) fn pin(&self, gsi: u32) -> IrqPin {
         match self {
             Self::None => IrqPin::unconnected(),
-            Self::Kernel { handle, control } => IrqPin::new(Arc::new(KernelLine {
-                handle: handle.clone(),
-                gsi,
-                control: control.clone(),
-            })),
-            Self::Split(chips) => IrqPin::new(Arc::new(SplitLine {
-                chips: chips.clone(),
-                gsi,
-            })),
+            Self::Kernel { handle, control } => {
+                IrqPin::new(Arc::new(KernelLine { handle: handle.clone(), gsi, control: control.clone() }))
+            }
+            Self::Split(chips) => IrqPin::new(Arc::new(SplitLine { chips: chips.clone(), gsi })),
         }
     }
 
@@ -116,25 +105,9 @@ impl Interrupts {
 fn kernel_routes() -> Vec<(u32, IrqTarget)> {
     const IO_APIC: u32 = 2;
     let pics = (0..ISA_INTERRUPTS).filter(|&gsi| gsi != CASCADE);
-    let pics = pics.map(|gsi| {
-        (
-            gsi,
-            IrqTarget::Pin {
-                chip: gsi / 8,
-                pin: gsi % 8,
-            },
-        )
-    });
+    let pics = pics.map(|gsi| (gsi, IrqTarget::Pin { chip: gsi / 8, pin: gsi % 8 }));
     let io_apic = (0..IO_APIC_PINS).filter(|&gsi| gsi != CASCADE);
-    let io_apic = io_apic.map(|gsi| {
-        (
-            gsi,
-            IrqTarget::Pin {
-                chip: IO_APIC,
-                pin: io_apic_pin(gsi),
-            },
-        )
-    });
+    let io_apic = io_apic.map(|gsi| (gsi, IrqTarget::Pin { chip: IO_APIC, pin: io_apic_pin(gsi) }));
     pics.chain(io_apic).collect()
 }
 
@@ -177,11 +150,7 @@ pub(crate) struct Offer {
 impl SplitChips {
     fn new(accel: SharedAccel, handle: IrqHandle, control: Control) -> Self {
         Self {
-            chips: Mutex::new(Chips {
-                pic: PicPair::new(),
-                pit: Pit::new(),
-                io_apic: IoApic::new(IO_APIC_ID),
-            }),
+            chips: Mutex::new(Chips { pic: PicPair::new(), pit: Pit::new(), io_apic: IoApic::new(IO_APIC_ID) }),
             changed: Condvar::new(),
             started: Instant::now(),
             handle,
@@ -194,11 +163,7 @@ impl SplitChips {
     }
 
     /// Puts the chips on the buses. They answer port 0x61.
-    pub(crate) fn register(
-        self: &Arc<Self>,
-        ports: &mut Bus,
-        mmio: &mut Bus,
-    ) -> Result<(), BusError> {
+    pub(crate) fn register(self: &Arc<Self>, ports: &mut Bus, mmio: &mut Bus) -> Result<(), BusError> {
         let pic = Arc::new(Mutex::new(PicDevice(self.clone())));
         for port in PIC_PORTS {
             ports.register_window(port, 2, port, pic.clone())?;
@@ -206,11 +171,7 @@ impl SplitChips {
         let pit = Arc::new(Mutex::new(PitDevice(self.clone())));
         ports.register(PIT_PORT, PIT_PORTS, pit.clone())?;
         ports.register_window(PORT_61, 1, PORT_61, pit)?;
-        mmio.register(
-            IO_APIC_ADDRESS.into(),
-            IOAPIC_LEN,
-            Arc::new(Mutex::new(IoApicDevice(self.clone()))),
-        )
+        mmio.register(IO_APIC_ADDRESS.into(), IOAPIC_LEN, Arc::new(Mutex::new(IoApicDevice(self.clone()))))
     }
 
     /// Names the CPU that the PICs' interrupts go to.
@@ -299,18 +260,10 @@ impl SplitChips {
             }
             // Whoever changes the deadline or ends the machine notifies with the mutex held or after taking it.
             match chips.pit.next_deadline(now) {
-                None => drop(
-                    self.changed
-                        .wait(chips)
-                        .unwrap_or_else(PoisonError::into_inner),
-                ),
+                None => drop(self.changed.wait(chips).unwrap_or_else(PoisonError::into_inner)),
                 Some(at) => {
                     let left = Duration::from_nanos(at.saturating_sub(now));
-                    drop(
-                        self.changed
-                            .wait_timeout(chips, left)
-                            .unwrap_or_else(PoisonError::into_inner),
-                    );
+                    drop(self.changed.wait_timeout(chips, left).unwrap_or_else(PoisonError::into_inner));
                 }
             }
         }
@@ -332,11 +285,7 @@ impl SplitChips {
         let mut known = lock(&self.routes);
         let routes: Vec<_> = {
             let chips = lock(&self.chips);
-            chips
-                .io_apic
-                .routes()
-                .map(|(pin, message)| (pin as u32, IrqTarget::Msi(message)))
-                .collect()
+            chips.io_apic.routes().map(|(pin, message)| (pin as u32, IrqTarget::Msi(message))).collect()
         };
         if *known == routes {
             return;
@@ -346,10 +295,7 @@ impl SplitChips {
             Ok(()) | Err(AccelError::Unsupported { .. }) => *known = routes,
             Err(source) => {
                 let what = "the routes of the I/O APIC";
-                self.control.finish(Outcome::Failed(Failure::Interrupt {
-                    what: what.to_owned(),
-                    source,
-                }));
+                self.control.finish(Outcome::Failed(Failure::Interrupt { what: what.to_owned(), source }));
             }
         }
     }
@@ -357,9 +303,7 @@ impl SplitChips {
 
 impl fmt::Debug for SplitChips {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SplitChips")
-            .field("intr", &self.intr)
-            .finish_non_exhaustive()
+        f.debug_struct("SplitChips").field("intr", &self.intr).finish_non_exhaustive()
     }
 }
 
@@ -390,8 +334,7 @@ impl BusDevice for PicDevice {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         let mut chips = lock(&self.0.chips);
-        data.iter()
-            .for_each(|&value| chips.pic.write(offset as u16, value));
+        data.iter().for_each(|&value| chips.pic.write(offset as u16, value));
         self.0.leave(chips, None);
     }
 }
@@ -406,11 +349,7 @@ impl BusDevice for PitDevice {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let now = self.0.now();
         let mut chips = lock(&self.0.chips);
-        let value = if offset == PORT_61 {
-            chips.pit.read_port_61(now)
-        } else {
-            chips.pit.read(offset as u16, now)
-        };
+        let value = if offset == PORT_61 { chips.pit.read_port_61(now) } else { chips.pit.read(offset as u16, now) };
         data.fill(value);
     }
 

@@ -70,10 +70,7 @@ struct Fixture {
 
 fn fixture(chip: IrqChip) -> Fixture {
     let remembered = Arc::default();
-    let recorder = Recorder(
-        Arc::clone(&remembered),
-        Capabilities::minimal(GuestArch::X86_64),
-    );
+    let recorder = Recorder(Arc::clone(&remembered), Capabilities::minimal(GuestArch::X86_64));
     let accel: SharedAccel = Arc::new(Mutex::new(Box::new(recorder)));
     let control = Control::new();
     let interrupts = Interrupts::new(&accel, chip, &control).unwrap();
@@ -81,13 +78,7 @@ fn fixture(chip: IrqChip) -> Fixture {
     if let Some(chips) = interrupts.split() {
         chips.register(&mut ports, &mut mmio).unwrap();
     }
-    Fixture {
-        interrupts,
-        remembered,
-        control,
-        ports,
-        mmio,
-    }
+    Fixture { interrupts, remembered, control, ports, mmio }
 }
 
 impl Fixture {
@@ -97,18 +88,12 @@ impl Fixture {
     }
 
     fn out(&self, port: u64, values: &[u8]) {
-        values
-            .iter()
-            .for_each(|value| self.ports.write(port, &[*value]));
+        values.iter().for_each(|value| self.ports.write(port, &[*value]));
     }
 
     /// The data of the messages sent since the last call.
     fn messages(&self) -> Vec<u32> {
-        lock(&self.remembered)
-            .messages
-            .drain(..)
-            .map(|message| message.data & 0xff)
-            .collect()
+        lock(&self.remembered).messages.drain(..).map(|message| message.data & 0xff).collect()
     }
 }
 
@@ -117,19 +102,11 @@ fn kernel_routes_are_where_the_tables_say() {
     let fixture = fixture(IrqChip::Kernel);
     let routes = lock(&fixture.remembered).routes.clone();
     let to = |chip, pin| {
-        let found = routes
-            .iter()
-            .find(|(_, target)| *target == IrqTarget::Pin { chip, pin });
+        let found = routes.iter().find(|(_, target)| *target == IrqTarget::Pin { chip, pin });
         found.map(|(gsi, _)| *gsi)
     };
-    assert_eq!(
-        (to(0, 0), to(0, 4), to(1, 1), to(0, 2)),
-        (Some(0), Some(4), Some(9), None)
-    );
-    assert_eq!(
-        (to(2, 0), to(2, 2), to(2, 4), to(2, 23), to(2, 24)),
-        (None, Some(0), Some(4), Some(23), None)
-    );
+    assert_eq!((to(0, 0), to(0, 4), to(1, 1), to(0, 2)), (Some(0), Some(4), Some(9), None));
+    assert_eq!((to(2, 0), to(2, 2), to(2, 4), to(2, 23), to(2, 24)), (None, Some(0), Some(4), Some(23), None));
     fixture.interrupts.pin(4).set(true);
     assert_eq!(lock(&fixture.remembered).lines, [(4, true)]);
 }
@@ -156,11 +133,7 @@ fn lines_become_messages_of_the_io_apic() {
     fixture.io_apic(0x10 + 2 * 2, 0x52);
     fixture.interrupts.pin(0).set(true);
     assert_eq!(fixture.messages(), [0x52]);
-    let routes: Vec<_> = lock(&fixture.remembered)
-        .routes
-        .iter()
-        .map(|(gsi, _)| *gsi)
-        .collect();
+    let routes: Vec<_> = lock(&fixture.remembered).routes.iter().map(|(gsi, _)| *gsi).collect();
     assert_eq!(routes, [2, 4]);
 }
 

@@ -57,21 +57,12 @@ impl RamLayout {
         }
         let below_4g = size.min(HOLE);
         let above_4g = size - below_4g;
-        let end = if above_4g == 0 {
-            FOUR_GIB
-        } else {
-            FOUR_GIB + above_4g.min(MAX_MEMORY)
-        };
-        let limit = if address_bits == 0 {
-            MAX_MEMORY
-        } else {
-            1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX)
-        };
+        let end = if above_4g == 0 { FOUR_GIB } else { FOUR_GIB + above_4g.min(MAX_MEMORY) };
+        let limit =
+            if address_bits == 0 { MAX_MEMORY } else { 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX) };
         if size > MAX_MEMORY || above_4g > 0 && end > limit {
             let most = limit.min(MAX_MEMORY).saturating_sub(FOUR_GIB - HOLE);
-            return refuse(format!(
-                "at most {most} bytes fit the guest's physical addresses"
-            ));
+            return refuse(format!("at most {most} bytes fit the guest's physical addresses"));
         }
         Ok(Self { below_4g, above_4g })
     }
@@ -81,11 +72,7 @@ impl RamLayout {
     /// # Errors
     /// [`MachineError::Boot`], which would be a bug of the layout.
     pub fn map(&self) -> Result<MemoryMap, MachineError> {
-        let range = |base, end, kind| MemoryRange {
-            base,
-            size: end - base,
-            kind,
-        };
+        let range = |base, end, kind| MemoryRange { base, size: end - base, kind };
         let mut ranges = vec![
             range(0, CONVENTIONAL, MemoryKind::Ram),
             range(SHADOW, ONE_MIB, MemoryKind::Reserved),
@@ -104,17 +91,12 @@ impl RamLayout {
     pub fn allocate(&self) -> Result<GuestMemory, MachineError> {
         let memory = GuestMemory::new();
         let add = |base: u64, end: u64| memory.insert(base, GuestRegion::anonymous(end - base)?);
-        let low = [
-            (0, CONVENTIONAL),
-            (SHADOW, ONE_MIB),
-            (ONE_MIB, self.below_4g),
-        ];
+        let low = [(0, CONVENTIONAL), (SHADOW, ONE_MIB), (ONE_MIB, self.below_4g)];
         low.into_iter()
             .try_for_each(|(base, end)| add(base, end))
             .map_err(MachineError::accel("allocating the guest's memory"))?;
         if self.above_4g > 0 {
-            add(FOUR_GIB, FOUR_GIB + self.above_4g)
-                .map_err(MachineError::accel("allocating the guest's memory"))?;
+            add(FOUR_GIB, FOUR_GIB + self.above_4g).map_err(MachineError::accel("allocating the guest's memory"))?;
         }
         Ok(memory)
     }
@@ -150,23 +132,12 @@ mod tests {
 
     #[test]
     fn ram_leaves_the_hole_below_4_gib() {
-        for (size, below, above) in [
-            (2 << 20, 2 << 20, 0),
-            (3 << 30, 3 << 30, 0),
-            (5 << 30, 3 << 30, 2 << 30),
-        ] {
+        for (size, below, above) in [(2 << 20, 2 << 20, 0), (3 << 30, 3 << 30, 0), (5 << 30, 3 << 30, 2 << 30)] {
             let layout = RamLayout::new(size, 0).unwrap();
-            assert_eq!(
-                (layout.below_4g, layout.above_4g, layout.size()),
-                (below, above, size)
-            );
+            assert_eq!((layout.below_4g, layout.above_4g, layout.size()), (below, above, size));
             let map = layout.map().unwrap();
-            let ram: Vec<_> = map
-                .ranges()
-                .iter()
-                .filter(|r| r.kind == MemoryKind::Ram)
-                .map(|r| (r.base, r.size))
-                .collect();
+            let ram: Vec<_> =
+                map.ranges().iter().filter(|r| r.kind == MemoryKind::Ram).map(|r| (r.base, r.size)).collect();
             let mut expected = vec![(0, 0xa_0000), (0x10_0000, below - 0x10_0000)];
             if above > 0 {
                 expected.push((4 << 30, above));

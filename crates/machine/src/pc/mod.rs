@@ -24,8 +24,7 @@ use crate::devices::fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg};
 use crate::devices::i8042::{COMMAND_PORT, DATA_PORT, I8042};
 use crate::devices::rtc::{RTC_LEN, RTC_PORT, Rtc};
 use crate::devices::testdev::{
-    TEST_IRQ_PORT, TEST_MEMORY, TEST_MEMORY_LEN, TEST_PORT, TEST_PORT_LEN, TestIrqs, TestMemory,
-    TestPorts,
+    TEST_IRQ_PORT, TEST_MEMORY, TEST_MEMORY_LEN, TEST_PORT, TEST_PORT_LEN, TestIrqs, TestMemory, TestPorts,
 };
 use crate::devices::uart::{UART_PORTS, Uart};
 use interrupts::Interrupts;
@@ -77,86 +76,35 @@ impl Board {
         let on_error = {
             let control = control.clone();
             move |error: std::io::Error| {
-                control.finish(Outcome::Failed(Failure::Output {
-                    device: "serial port",
-                    message: error.to_string(),
-                }));
+                control.finish(Outcome::Failed(Failure::Output { device: "serial port", message: error.to_string() }));
             }
         };
-        let uart = Arc::new(Mutex::new(Uart::new(
-            serial,
-            interrupts.pin(COM1_IRQ),
-            on_error,
-        )));
-        let pm = Arc::new(Mutex::new(AcpiPm::new(
-            control.clone(),
-            interrupts.pin(SCI_IRQ),
-        )));
-        let keyboard = Arc::new(Mutex::new(I8042::new(
-            control.clone(),
-            interrupts.pin(KEYBOARD_IRQ),
-        )));
-        let fw_cfg = FwCfg::new(
-            cpus.try_into().unwrap_or(u16::MAX),
-            ram.size(),
-            &[("etc/e820", e820(map))],
-        );
+        let uart = Arc::new(Mutex::new(Uart::new(serial, interrupts.pin(COM1_IRQ), on_error)));
+        let pm = Arc::new(Mutex::new(AcpiPm::new(control.clone(), interrupts.pin(SCI_IRQ))));
+        let keyboard = Arc::new(Mutex::new(I8042::new(control.clone(), interrupts.pin(KEYBOARD_IRQ))));
+        let fw_cfg = FwCfg::new(cpus.try_into().unwrap_or(u16::MAX), ram.size(), &[("etc/e820", e820(map))]);
 
         let mut ports = Bus::ports();
         ports.register(COM1, UART_PORTS, uart.clone())?;
         ports.register(PM_BASE.into(), PM_LEN, pm.clone())?;
         ports.register_window(DATA_PORT, 1, 0, keyboard.clone())?;
         ports.register_window(COMMAND_PORT, 1, 1, keyboard)?;
-        ports.register(
-            RTC_PORT,
-            RTC_LEN,
-            Arc::new(Mutex::new(Rtc::host_time(ram.below_4g, ram.above_4g))),
-        )?;
+        ports.register(RTC_PORT, RTC_LEN, Arc::new(Mutex::new(Rtc::host_time(ram.below_4g, ram.above_4g))))?;
         ports.register(POST_PORT, 1, Arc::new(Mutex::new(PostCode::default())))?;
-        ports.register(
-            PORT_92,
-            1,
-            Arc::new(Mutex::new(Port92::new(control.clone()))),
-        )?;
-        ports.register(
-            EXIT_PORT,
-            EXIT_PORT_LEN,
-            Arc::new(Mutex::new(ExitPort::new(control.clone()))),
-        )?;
-        ports.register(
-            PCI_CONFIG,
-            PCI_CONFIG_LEN,
-            Arc::new(Mutex::new(PciConfig::new(control.clone()))),
-        )?;
+        ports.register(PORT_92, 1, Arc::new(Mutex::new(Port92::new(control.clone()))))?;
+        ports.register(EXIT_PORT, EXIT_PORT_LEN, Arc::new(Mutex::new(ExitPort::new(control.clone()))))?;
+        ports.register(PCI_CONFIG, PCI_CONFIG_LEN, Arc::new(Mutex::new(PciConfig::new(control.clone()))))?;
         ports.register(FW_CFG_PORT, FW_CFG_LEN, Arc::new(Mutex::new(fw_cfg)))?;
         let lines = (0..IO_APIC_PINS).map(|gsi| interrupts.pin(gsi)).collect();
-        ports.register(
-            TEST_PORT,
-            TEST_PORT_LEN,
-            Arc::new(Mutex::new(TestPorts::default())),
-        )?;
-        ports.register(
-            TEST_IRQ_PORT,
-            IO_APIC_PINS.into(),
-            Arc::new(Mutex::new(TestIrqs::new(lines))),
-        )?;
+        ports.register(TEST_PORT, TEST_PORT_LEN, Arc::new(Mutex::new(TestPorts::default())))?;
+        ports.register(TEST_IRQ_PORT, IO_APIC_PINS.into(), Arc::new(Mutex::new(TestIrqs::new(lines))))?;
         let mut mmio = Bus::mmio();
         match interrupts.split() {
             Some(chips) => chips.register(&mut ports, &mut mmio)?,
             None => ports.register(PORT_61, 1, Arc::new(Mutex::new(Port61::default())))?,
         }
-        mmio.register(
-            TEST_MEMORY,
-            TEST_MEMORY_LEN,
-            Arc::new(Mutex::new(TestMemory::default())),
-        )?;
-        Ok(Self {
-            ports,
-            mmio,
-            uart,
-            pm,
-            interrupts,
-        })
+        mmio.register(TEST_MEMORY, TEST_MEMORY_LEN, Arc::new(Mutex::new(TestMemory::default())))?;
+        Ok(Self { ports, mmio, uart, pm, interrupts })
     }
 }
 
@@ -179,15 +127,7 @@ mod tests {
     fn board(control: &Control) -> Board {
         let ram = RamLayout::new(64 << 20, 0).unwrap();
         let map = ram.map().unwrap();
-        Board::new(
-            ram,
-            &map,
-            2,
-            Interrupts::None,
-            Box::new(std::io::sink()),
-            control,
-        )
-        .unwrap()
+        Board::new(ram, &map, 2, Interrupts::None, Box::new(std::io::sink()), control).unwrap()
     }
 
     fn read(board: &Board, port: u64) -> u8 {
@@ -258,9 +198,6 @@ mod tests {
         let map = ram.map().unwrap();
         let board = Board::new(ram, &map, 1, Interrupts::None, Box::new(Closed), &control).unwrap();
         board.ports.write(COM1, b"x");
-        assert!(matches!(
-            control.outcome(),
-            Some(Outcome::Failed(Failure::Output { .. }))
-        ));
+        assert!(matches!(control.outcome(), Some(Outcome::Failed(Failure::Output { .. }))));
     }
 }

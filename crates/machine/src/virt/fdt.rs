@@ -57,10 +57,7 @@ fn strings(list: &[&str]) -> Vec<String> {
 pub fn build(board: &Description<'_>) -> FdtWriterResult<Vec<u8>> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
-    fdt.property_string_list(
-        "compatible",
-        strings(&["vm-accel,virt", "linux,dummy-virt"]),
-    )?;
+    fdt.property_string_list("compatible", strings(&["vm-accel,virt", "linux,dummy-virt"]))?;
     fdt.property_string("model", "vm-accel virt")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
@@ -153,15 +150,10 @@ fn timer(fdt: &mut FdtWriter, board: &Description<'_>) -> FdtWriterResult<()> {
         GicVersion::V2 => (1u32.checked_shl(board.cpus.min(8)).unwrap_or(0) - 1) << 8,
         GicVersion::V3 => 0,
     };
-    let interrupts: Vec<u32> = [
-        SECURE_TIMER_INTID,
-        PHYSICAL_TIMER_INTID,
-        VIRTUAL_TIMER_INTID,
-        HYPERVISOR_TIMER_INTID,
-    ]
-    .into_iter()
-    .flat_map(|intid| [PRIVATE, intid - 16, LEVEL_HIGH | cpus])
-    .collect();
+    let interrupts: Vec<u32> = [SECURE_TIMER_INTID, PHYSICAL_TIMER_INTID, VIRTUAL_TIMER_INTID, HYPERVISOR_TIMER_INTID]
+        .into_iter()
+        .flat_map(|intid| [PRIVATE, intid - 16, LEVEL_HIGH | cpus])
+        .collect();
     let timer = fdt.begin_node("timer")?;
     fdt.property_string("compatible", "arm,armv8-timer")?;
     fdt.property_array_u32("interrupts", &interrupts)?;
@@ -182,10 +174,7 @@ fn gic(fdt: &mut FdtWriter, board: &Description<'_>) -> FdtWriterResult<()> {
     fdt.property_string("compatible", compatible)?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 3)?;
-    fdt.property_array_u64(
-        "reg",
-        &[gic.distributor, Gic::DISTRIBUTOR_SIZE, gic.cpus, cpus],
-    )?;
+    fdt.property_array_u64("reg", &[gic.distributor, Gic::DISTRIBUTOR_SIZE, gic.cpus, cpus])?;
     fdt.property_phandle(GIC_PHANDLE)?;
     if let Some(its) = gic.its {
         fdt.property_u32("#address-cells", 2)?;
@@ -230,11 +219,7 @@ mod tests {
                 3 => {
                     let (len, name) = (word(at), text(names + word(at + 4)));
                     let value = blob[at + 8..at + 8 + len].to_vec();
-                    assert!(
-                        found
-                            .insert(format!("{}/{name}", path.join("/")), value)
-                            .is_none()
-                    );
+                    assert!(found.insert(format!("{}/{name}", path.join("/")), value).is_none());
                     at = (at + 8 + len).next_multiple_of(4);
                 }
                 4 => {}
@@ -261,25 +246,17 @@ mod tests {
     }
 
     fn u64s(values: &[u64]) -> Vec<u8> {
-        values
-            .iter()
-            .flat_map(|value| value.to_be_bytes())
-            .collect()
+        values.iter().flat_map(|value| value.to_be_bytes()).collect()
     }
 
     fn u32s(values: &[u32]) -> Vec<u8> {
-        values
-            .iter()
-            .flat_map(|value| value.to_be_bytes())
-            .collect()
+        values.iter().flat_map(|value| value.to_be_bytes()).collect()
     }
 
     #[test]
     fn the_tree_says_what_the_board_is() {
         let tree = parse(&build(&board()).unwrap());
-        let is = |path: &str, value: &[u8]| {
-            assert_eq!(tree.get(path).map(Vec::as_slice), Some(value), "{path}")
-        };
+        let is = |path: &str, value: &[u8]| assert_eq!(tree.get(path).map(Vec::as_slice), Some(value), "{path}");
         is("/memory@40000000/reg", &u64s(&[RAM, 256 << 20]));
         is("/chosen/bootargs", b"console=ttyAMA0 quiet\0");
         is("/chosen/stdout-path", b"/uart@9000000\0");
@@ -291,16 +268,10 @@ mod tests {
         is("/cpus/cpu@f/enable-method", b"psci\0");
         is("/cpus/cpu@101/reg", &u64s(&[0x101]));
         is("/psci/method", b"hvc\0");
-        is(
-            "/timer/interrupts",
-            &u32s(&[1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]),
-        );
+        is("/timer/interrupts", &u32s(&[1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4]));
         let regs = [0x800_0000, 0x1_0000, 0x1000_0000, 18 * 0x2_0000];
         is("/intc@8000000/reg", &u64s(&regs));
-        is(
-            "/intc@8000000/its@8080000/reg",
-            &u64s(&[Gic::ITS, Gic::ITS_SIZE]),
-        );
+        is("/intc@8000000/its@8080000/reg", &u64s(&[Gic::ITS, Gic::ITS_SIZE]));
         is("/uart@9000000/interrupts", &u32s(&[0, 1, 4]));
         is("/uart@9000000/compatible", b"arm,pl011\0arm,primecell\0");
         is("/rtc@9010000/reg", &u64s(&[RTC, 0x1000]));
@@ -310,12 +281,7 @@ mod tests {
     fn a_gicv2_has_a_cpu_interface_and_cpu_masks() {
         let mut board = board();
         board.cpus = 3;
-        board.gic = Gic {
-            version: GicVersion::V2,
-            distributor: Gic::DISTRIBUTOR,
-            cpus: Gic::GICV2_CPU,
-            its: None,
-        };
+        board.gic = Gic { version: GicVersion::V2, distributor: Gic::DISTRIBUTOR, cpus: Gic::GICV2_CPU, its: None };
         let tree = parse(&build(&board).unwrap());
         assert_eq!(tree["/intc@8000000/compatible"], b"arm,cortex-a15-gic\0");
         assert_eq!(tree["/timer/interrupts"][..12], u32s(&[1, 13, 0x704]));
@@ -328,12 +294,6 @@ mod tests {
         board.initrd = None;
         let tree = parse(&build(&board).unwrap());
         assert!(!tree.keys().any(|path| path.contains("initrd")));
-        assert!(
-            build(&Description {
-                cmdline: "a\0b",
-                ..board
-            })
-            .is_err()
-        );
+        assert!(build(&Description { cmdline: "a\0b", ..board }).is_err());
     }
 }

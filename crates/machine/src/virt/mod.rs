@@ -54,15 +54,9 @@ pub fn memory_map(size: u64, address_bits: u8) -> Result<MemoryMap, MachineError
     };
     let most = MAX_MEMORY.min(space.saturating_sub(RAM));
     if size > most {
-        return refuse(format!(
-            "at most {most} bytes fit the guest's physical addresses"
-        ));
+        return refuse(format!("at most {most} bytes fit the guest's physical addresses"));
     }
-    let range = MemoryRange {
-        base: RAM,
-        size,
-        kind: MemoryKind::Ram,
-    };
+    let range = MemoryRange { base: RAM, size, kind: MemoryKind::Ram };
     Ok(MemoryMap::new(vec![range])?)
 }
 
@@ -86,8 +80,7 @@ impl IrqLine for SharedLine {
     fn set_level(&self, asserted: bool) {
         if let Err(source) = self.handle.set_line(spi_line(self.intid), asserted) {
             let what = format!("INTID {}", self.intid);
-            self.control
-                .finish(Outcome::Failed(Failure::Interrupt { what, source }));
+            self.control.finish(Outcome::Failed(Failure::Interrupt { what, source }));
         }
     }
 }
@@ -110,26 +103,16 @@ impl Board {
         let on_error = {
             let control = control.clone();
             move |error: std::io::Error| {
-                control.finish(Outcome::Failed(Failure::Output {
-                    device: "serial port",
-                    message: error.to_string(),
-                }));
+                control.finish(Outcome::Failed(Failure::Output { device: "serial port", message: error.to_string() }));
             }
         };
-        let line = IrqPin::new(Arc::new(SharedLine {
-            handle: interrupts,
-            intid: UART_INTID,
-            control: control.clone(),
-        }));
+        let line =
+            IrqPin::new(Arc::new(SharedLine { handle: interrupts, intid: UART_INTID, control: control.clone() }));
         let uart = Arc::new(Mutex::new(Pl011::new(serial, line, on_error)));
         let mut mmio = Bus::mmio();
         mmio.register(UART, PL011_LEN, uart.clone())?;
         mmio.register(RTC, PL031_LEN, Arc::new(Mutex::new(Pl031::host_time())))?;
-        Ok(Self {
-            ports: Bus::ports(),
-            mmio,
-            uart,
-        })
+        Ok(Self { ports: Bus::ports(), mmio, uart })
     }
 }
 
@@ -145,10 +128,7 @@ pub(crate) fn set_up(vcpu: &mut dyn VcpuOps, boot: &GuestRegs) -> Result<(), Acc
     let mpidr = arm.get_sys_reg(aarch64::MPIDR_EL1)?;
     let affinity = aarch64::affinity(cpu);
     if mpidr & aarch64::MPIDR_AFFINITY != affinity {
-        arm.set_sys_reg(
-            aarch64::MPIDR_EL1,
-            mpidr & !aarch64::MPIDR_AFFINITY | affinity,
-        )?;
+        arm.set_sys_reg(aarch64::MPIDR_EL1, mpidr & !aarch64::MPIDR_AFFINITY | affinity)?;
     }
     if cpu == 0 {
         vcpu.set_regs(boot)?;
@@ -165,18 +145,8 @@ mod tests {
         let map = memory_map(64 << 20, 40).unwrap();
         assert_eq!(map.ranges()[0].base, RAM);
         assert_eq!(map.ram_size(), 64 << 20);
-        for (size, bits) in [
-            (0, 0),
-            (1 << 20, 0),
-            ((64 << 20) + 4096, 0),
-            (1 << 36, 36),
-            (u64::MAX & !0xffff, 0),
-            (1 << 47, 52),
-        ] {
-            assert!(
-                matches!(memory_map(size, bits), Err(MachineError::Memory { .. })),
-                "{size:#x} {bits}"
-            );
+        for (size, bits) in [(0, 0), (1 << 20, 0), ((64 << 20) + 4096, 0), (1 << 36, 36), (!0xffff, 0), (1 << 47, 52)] {
+            assert!(matches!(memory_map(size, bits), Err(MachineError::Memory { .. })), "{size:#x} {bits}");
         }
         assert!(memory_map((1 << 36) - RAM, 36).is_ok());
     }

@@ -6,9 +6,7 @@ use crate::support::{check, pc_memory};
 use std::fs;
 use std::path::{Path, PathBuf};
 use vm_accel::GuestArch::{Aarch64, X86_64};
-use vm_accel_machine::boot::{
-    BootError, BootKind, BootRequest, BootState, Module, Protocol, read_image,
-};
+use vm_accel_machine::boot::{BootError, BootKind, BootRequest, BootState, Module, Protocol, read_image};
 
 const RAM: u64 = 1 << 30;
 
@@ -60,55 +58,31 @@ fn real_images_are_detected_and_planned() {
     }
     if found.is_empty() {
         let required = std::env::var("VM_ACCEL_REQUIRE").unwrap_or_default();
-        assert!(
-            !required.split(',').any(|item| item == "boot-images"),
-            "no image was found"
-        );
-        println!(
-            "skipped: no kernel or firmware image on this machine; name a folder in VM_ACCEL_BOOT_IMAGES"
-        );
+        assert!(!required.split(',').any(|item| item == "boot-images"), "no image was found");
+        println!("skipped: no kernel or firmware image on this machine; name a folder in VM_ACCEL_BOOT_IMAGES");
         return;
     }
     for (protocol, path) in found {
         let image = match read_image(&path, RAM) {
             // Distributions make kernels readable by root only.
-            Err(BootError::File { source, .. })
-                if source.kind() == std::io::ErrorKind::PermissionDenied =>
-            {
+            Err(BootError::File { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied => {
                 println!("skipped {}: permission denied", path.display());
                 continue;
             }
             image => image.unwrap(),
         };
-        let arch = if protocol == Protocol::Image {
-            Aarch64
-        } else {
-            X86_64
-        };
+        let arch = if protocol == Protocol::Image { Aarch64 } else { X86_64 };
         let memory = match arch {
             X86_64 => pc_memory(RAM),
             _ => crate::support::arm_memory(RAM),
         };
-        let modules = [Module {
-            data: &image[..4096],
-            cmdline: "",
-        }];
+        let modules = [Module { data: &image[..4096], cmdline: "" }];
         let request = BootRequest {
-            modules: if protocol == Protocol::Firmware {
-                &[]
-            } else {
-                &modules
-            },
-            cmdline: if protocol == Protocol::Firmware {
-                ""
-            } else {
-                "console=ttyS0"
-            },
+            modules: if protocol == Protocol::Firmware { &[] } else { &modules },
+            cmdline: if protocol == Protocol::Firmware { "" } else { "console=ttyS0" },
             ..BootRequest::new(arch, &image, &memory)
         };
-        let plan = request
-            .plan()
-            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let plan = request.plan().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert_eq!(plan.protocol, protocol, "{}", path.display());
         check(&plan, &memory);
         let entry = match plan.state {
@@ -116,27 +90,14 @@ fn real_images_are_detected_and_planned() {
             BootState::Aarch64(regs) => regs.pc,
             _ => unreachable!(),
         };
-        println!(
-            "{}: {protocol}, entry {entry:#x}, initrd {:x?}",
-            path.display(),
-            plan.initrd
-        );
+        println!("{}: {protocol}, entry {entry:#x}, initrd {:x?}", path.display(), plan.initrd);
         // Half of it is an error that says so, whatever half a compressed file unpacks to.
-        if matches!(
-            protocol,
-            Protocol::Linux | Protocol::Linux32 | Protocol::Image
-        ) {
+        if matches!(protocol, Protocol::Linux | Protocol::Linux32 | Protocol::Image) {
             let half = &image[..image.len() / 2];
             let kind = BootKind::Exactly(protocol);
-            let cut = BootRequest {
-                kind,
-                ..BootRequest::new(arch, half, &memory)
-            };
+            let cut = BootRequest { kind, ..BootRequest::new(arch, half, &memory) };
             let text = cut.plan().unwrap_err().to_string();
-            assert!(
-                text.contains("truncated") || text.contains("damaged"),
-                "{text}"
-            );
+            assert!(text.contains("truncated") || text.contains("damaged"), "{text}");
         }
     }
 }

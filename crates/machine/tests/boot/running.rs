@@ -5,9 +5,7 @@
 
 use crate::support::*;
 use vm_accel::GuestArch::X86_64;
-use vm_accel::{
-    Accel, AccelKind, GuestMemory, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, probe_kind,
-};
+use vm_accel::{Accel, AccelKind, GuestMemory, GuestRegion, MemoryFlags, PlatformBackend, VcpuExit, probe_kind};
 use vm_accel_machine::boot::{BootKind, BootRequest, BootState, Protocol};
 
 const RAM: u64 = 32 * MIB;
@@ -33,10 +31,7 @@ fn accelerators() -> Vec<AccelKind> {
 /// Boots `image` and returns what it says at [`PORT`] until it halts.
 fn answers(accel: AccelKind, protocol: Protocol, image: &[u8]) -> Vec<Vec<u8>> {
     let map = pc_memory(RAM);
-    let request = BootRequest {
-        kind: BootKind::Exactly(protocol),
-        ..BootRequest::new(X86_64, image, &map)
-    };
+    let request = BootRequest { kind: BootKind::Exactly(protocol), ..BootRequest::new(X86_64, image, &map) };
     let plan = request.plan().unwrap();
     let mut vm = PlatformBackend::new(accel).unwrap();
     let region = GuestRegion::anonymous(RAM).unwrap();
@@ -63,10 +58,7 @@ fn answers(accel: AccelKind, protocol: Protocol, image: &[u8]) -> Vec<Vec<u8>> {
         match vcpu.run().unwrap() {
             VcpuExit::Io { port: PORT, .. } => said.push(vcpu.io_data().unwrap().to_vec()),
             VcpuExit::Halted => return said,
-            other => panic!(
-                "{accel}, {protocol}: unexpected {other:?} at {:x?}",
-                vcpu.get_regs()
-            ),
+            other => panic!("{accel}, {protocol}: unexpected {other:?} at {:x?}", vcpu.get_regs()),
         }
     }
 }
@@ -97,11 +89,7 @@ const HLT: &[u8] = &[0xf4];
 #[track_caller]
 fn assert_says(protocol: Protocol, image: &[u8], expected: &[&[u8]]) {
     for accel in accelerators() {
-        assert_eq!(
-            answers(accel, protocol, image),
-            expected,
-            "{accel}, {protocol}"
-        );
+        assert_eq!(answers(accel, protocol, image), expected, "{accel}, {protocol}");
     }
 }
 
@@ -111,27 +99,17 @@ const ZERO_PAGE_MAGIC: &[u8] = &[0x8b, 0x86, 0x02, 0x02, 0x00, 0x00];
 #[test]
 fn linux_finds_its_zero_page_in_64_bit_mode() {
     // mov rax, imm64 in 64-bit mode only: its upper half says that this is it.
-    let wide = [
-        0x48, 0xb8, 0, 0, 0, 0, 0x78, 0x56, 0x34, 0x12, 0x48, 0xc1, 0xe8, 0x20,
-    ];
+    let wide = [0x48, 0xb8, 0, 0, 0, 0, 0x78, 0x56, 0x34, 0x12, 0x48, 0xc1, 0xe8, 0x20];
     let code = [saying_eax(ZERO_PAGE_MAGIC), saying_eax(&wide), HLT.to_vec()].concat();
     let expected: &[&[u8]] = &[b"HdrS", &[0x78, 0x56, 0x34, 0x12]];
-    assert_says(
-        Protocol::Linux,
-        &with(bzimage(0x400), 1024 + 0x200, &code),
-        expected,
-    );
+    assert_says(Protocol::Linux, &with(bzimage(0x400), 1024 + 0x200, &code), expected);
     assert_says(Protocol::Elf, &with(plain_elf(), 0x1000, &code), expected);
 }
 
 #[test]
 fn linux_finds_its_zero_page_in_32_bit_mode() {
     let code = [saying_eax(ZERO_PAGE_MAGIC), HLT.to_vec()].concat();
-    assert_says(
-        Protocol::Linux32,
-        &with(bzimage(0x400), 1024, &code),
-        &[b"HdrS"],
-    );
+    assert_says(Protocol::Linux32, &with(bzimage(0x400), 1024, &code), &[b"HdrS"]);
 }
 
 #[test]
@@ -148,16 +126,8 @@ fn multiboot_kernels_find_their_information() {
     let code = [saying_eax(&[]), saying_eax(&[0x8b, 0x43, 44]), HLT.to_vec()].concat();
     let magic = 0x2bad_b002u32.to_le_bytes();
     let expected: &[&[u8]] = &[&magic, &[72, 0, 0, 0]];
-    assert_says(
-        Protocol::Multiboot,
-        &with(multiboot_elf(), 0x1010, &code),
-        expected,
-    );
-    assert_says(
-        Protocol::Multiboot,
-        &with(multiboot_flat(), 0x30 + 0x80, &code),
-        expected,
-    );
+    assert_says(Protocol::Multiboot, &with(multiboot_elf(), 0x1010, &code), expected);
+    assert_says(Protocol::Multiboot, &with(multiboot_flat(), 0x30 + 0x80, &code), expected);
 }
 
 /// 16-bit: mov ax, sp; mov dx, 0xf4; out dx, ax; hlt.
@@ -165,11 +135,7 @@ const SAY_SP: &[u8] = &[0x89, 0xe0, 0xba, 0xf4, 0x00, 0xef, 0xf4];
 
 #[test]
 fn flat_binaries_have_their_stack_below() {
-    assert_says(
-        Protocol::Flat,
-        &with(boot_sector(), 0, SAY_SP),
-        &[&[0x00, 0x7c]],
-    );
+    assert_says(Protocol::Flat, &with(boot_sector(), 0, SAY_SP), &[&[0x00, 0x7c]]);
 }
 
 #[test]

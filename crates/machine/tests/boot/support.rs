@@ -2,19 +2,15 @@
 
 use vm_accel::GuestArch;
 use vm_accel_machine::boot::{
-    BootError, BootKind, BootPlan, BootRequest, BootState, MemoryKind, MemoryMap, MemoryRange,
-    MemorySink, Module, Protocol, X86Mode,
+    BootError, BootKind, BootPlan, BootRequest, BootState, MemoryKind, MemoryMap, MemoryRange, MemorySink, Module,
+    Protocol, X86Mode,
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
 
 /// The memory of a small PC: conventional memory, a reserved hole, and RAM from 1 MiB to `size`.
 pub(crate) fn pc_memory(size: u64) -> MemoryMap {
-    let range = |base, end: u64, kind| MemoryRange {
-        base,
-        size: end - base,
-        kind,
-    };
+    let range = |base, end: u64, kind| MemoryRange { base, size: end - base, kind };
     MemoryMap::new(vec![
         range(0, 0x9_fc00, MemoryKind::Ram),
         range(0x9_fc00, MIB, MemoryKind::Reserved),
@@ -25,12 +21,7 @@ pub(crate) fn pc_memory(size: u64) -> MemoryMap {
 
 /// The memory of a small arm64 board: RAM from 1 GiB on.
 pub(crate) fn arm_memory(size: u64) -> MemoryMap {
-    MemoryMap::new(vec![MemoryRange {
-        base: 1 << 30,
-        size,
-        kind: MemoryKind::Ram,
-    }])
-    .unwrap()
+    MemoryMap::new(vec![MemoryRange { base: 1 << 30, size, kind: MemoryKind::Ram }]).unwrap()
 }
 
 pub(crate) fn memory_of(arch: GuestArch, size: u64) -> MemoryMap {
@@ -49,11 +40,7 @@ pub(crate) fn bzimage(kernel: usize) -> Vec<u8> {
     let mut image = vec![0x90; 2 * 512 + kernel];
     image[..1024].fill(0);
     image[0x1f1] = 1;
-    put(
-        &mut image,
-        0x1f4,
-        &(kernel.div_ceil(16) as u32).to_le_bytes(),
-    );
+    put(&mut image, 0x1f4, &(kernel.div_ceil(16) as u32).to_le_bytes());
     put(&mut image, 0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
     put(&mut image, 0x202, b"HdrS");
     put(&mut image, 0x206, &0x20fu16.to_le_bytes());
@@ -97,13 +84,7 @@ pub(crate) fn elf64(machine: u16, entry: u64, headers: &[Header], data: &[u8]) -
 }
 
 /// An ELF32 executable with one segment at physical address `paddr`.
-pub(crate) fn elf32(
-    machine: u16,
-    entry: u32,
-    paddr: u32,
-    memory_size: u32,
-    data: &[u8],
-) -> Vec<u8> {
+pub(crate) fn elf32(machine: u16, entry: u32, paddr: u32, memory_size: u32, data: &[u8]) -> Vec<u8> {
     let mut image = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0".to_vec();
     image.extend(machine.to_le_bytes());
     for word in [1, entry, 52, 0, 0] {
@@ -112,16 +93,7 @@ pub(crate) fn elf32(
     for half in [52u16, 32, 1, 0, 0, 0] {
         image.extend(half.to_le_bytes());
     }
-    for word in [
-        1,
-        0x1000,
-        paddr,
-        paddr,
-        data.len() as u32,
-        memory_size,
-        7,
-        0x1000,
-    ] {
+    for word in [1, 0x1000, paddr, paddr, data.len() as u32, memory_size, 7, 0x1000] {
         image.extend(word.to_le_bytes());
     }
     image.resize(0x1000, 0);
@@ -152,43 +124,26 @@ pub(crate) fn pvh_kernel() -> Vec<u8> {
     let mut data = note;
     data.resize(0x1000, 0);
     data.extend([0xf4; 0x800]);
-    let headers = [
-        (1, 0x2000, 0xffff_ffff_8100_0000, 0x100_0000, 0x800, 0x4000),
-        (4, 0x1000, 0, 0, size, size),
-    ];
+    let headers = [(1, 0x2000, 0xffff_ffff_8100_0000, 0x100_0000, 0x800, 0x4000), (4, 0x1000, 0, 0, size, size)];
     elf64(62, 0xffff_ffff_8100_0000, &headers, &data)
 }
 
 /// An x86 ELF64 kernel at 16 MiB without notes.
 pub(crate) fn plain_elf() -> Vec<u8> {
-    elf64(
-        62,
-        0x100_0000,
-        &[(1, 0x1000, 0x100_0000, 0x100_0000, 0x800, 0x4000)],
-        &[0xf4; 0x800],
-    )
+    elf64(62, 0x100_0000, &[(1, 0x1000, 0x100_0000, 0x100_0000, 0x800, 0x4000)], &[0xf4; 0x800])
 }
 
 /// An aarch64 ELF kernel 2 MiB behind the start of RAM.
 pub(crate) fn arm_elf() -> Vec<u8> {
     let at = 0x4020_0000;
-    elf64(
-        183,
-        at,
-        &[(1, 0x1000, at, at, 0x800, 0x4000)],
-        &[0x1f; 0x800],
-    )
+    elf64(183, at, &[(1, 0x1000, at, at, 0x800, 0x4000)], &[0x1f; 0x800])
 }
 
 /// A multiboot header with these flags, its checksum, and `addresses`.
 pub(crate) fn multiboot_header(flags: u32, addresses: &[u32]) -> Vec<u8> {
     let magic = 0x1bad_b002u32;
     let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    [magic, flags, checksum]
-        .iter()
-        .chain(addresses)
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
+    [magic, flags, checksum].iter().chain(addresses).flat_map(|word| word.to_le_bytes()).collect()
 }
 
 /// A multiboot kernel as a 32-bit ELF file at 4 MiB, as kvm-unit-tests are.
@@ -259,29 +214,14 @@ pub(crate) fn seeds() -> Vec<(&'static str, GuestArch, Protocol, Vec<u8>)> {
         ("bzimage", X86_64, Protocol::Linux, bzimage(0x400)),
         ("elf", X86_64, Protocol::Elf, plain_elf()),
         ("pvh", X86_64, Protocol::Pvh, pvh_kernel()),
-        (
-            "multiboot-elf",
-            X86_64,
-            Protocol::Multiboot,
-            multiboot_elf(),
-        ),
-        (
-            "multiboot-flat",
-            X86_64,
-            Protocol::Multiboot,
-            multiboot_flat(),
-        ),
+        ("multiboot-elf", X86_64, Protocol::Multiboot, multiboot_elf()),
+        ("multiboot-flat", X86_64, Protocol::Multiboot, multiboot_flat()),
         ("flat", X86_64, Protocol::Flat, boot_sector()),
         ("firmware", X86_64, Protocol::Firmware, firmware(0x1_0000)),
         ("arm64-elf", Aarch64, Protocol::Elf, arm_elf()),
         ("arm64-image", Aarch64, Protocol::Image, image.clone()),
         ("arm64-gzip", Aarch64, Protocol::Image, gzip(&image)),
-        (
-            "arm64-zboot",
-            Aarch64,
-            Protocol::Image,
-            zboot(&gzip(&image), b"gzip\0"),
-        ),
+        ("arm64-zboot", Aarch64, Protocol::Image, zboot(&gzip(&image), b"gzip\0")),
     ]
 }
 
@@ -289,26 +229,10 @@ pub(crate) fn seeds() -> Vec<(&'static str, GuestArch, Protocol, Vec<u8>)> {
 ///
 /// # Panics
 /// If what [`BootPlan`] promises does not hold.
-pub(crate) fn exercise(
-    arch: GuestArch,
-    kind: BootKind,
-    image: &[u8],
-    memory: &MemoryMap,
-) -> Result<(), BootError> {
-    let modules = [Module {
-        data: &[0xa5; 0x1234],
-        cmdline: "module",
-    }];
-    let bare = BootRequest {
-        kind,
-        ..BootRequest::new(arch, image, memory)
-    };
-    let full = BootRequest {
-        cmdline: "console=ttyS0",
-        modules: &modules,
-        acpi_rsdp: Some(0xe_0000),
-        ..bare
-    };
+pub(crate) fn exercise(arch: GuestArch, kind: BootKind, image: &[u8], memory: &MemoryMap) -> Result<(), BootError> {
+    let modules = [Module { data: &[0xa5; 0x1234], cmdline: "module" }];
+    let bare = BootRequest { kind, ..BootRequest::new(arch, image, memory) };
+    let full = BootRequest { cmdline: "console=ttyS0", modules: &modules, acpi_rsdp: Some(0xe_0000), ..bare };
     let takes_none = matches!(kind, BootKind::Exactly(Protocol::Flat | Protocol::Firmware));
     exercise_request(if takes_none { &bare } else { &full })
 }
@@ -318,9 +242,7 @@ pub(crate) fn exercise(
 /// # Panics
 /// If what [`BootPlan`] promises does not hold.
 pub(crate) fn exercise_request(request: &BootRequest<'_>) -> Result<(), BootError> {
-    let plan = request
-        .plan()
-        .inspect_err(|error| assert!(!error.to_string().is_empty()))?;
+    let plan = request.plan().inspect_err(|error| assert!(!error.to_string().is_empty()))?;
     check(&plan, request.memory);
     Ok(())
 }
@@ -330,11 +252,7 @@ pub(crate) fn check(plan: &BootPlan<'_>, memory: &MemoryMap) {
     let in_ram = |start: u64, size: u64| {
         let end = start.checked_add(size).expect("a part wraps around");
         let mut at = start;
-        for ram in memory
-            .ranges()
-            .iter()
-            .filter(|range| range.kind == MemoryKind::Ram)
-        {
+        for ram in memory.ranges().iter().filter(|range| range.kind == MemoryKind::Ram) {
             if (ram.base..ram.end()).contains(&at) {
                 at = ram.end();
             }
@@ -354,32 +272,17 @@ pub(crate) fn check(plan: &BootPlan<'_>, memory: &MemoryMap) {
     }
     parts.sort();
     for pair in parts.windows(2) {
-        assert!(
-            pair[0].1 <= pair[1].0,
-            "{} overlaps {}",
-            pair[0].2,
-            pair[1].2
-        );
+        assert!(pair[0].1 <= pair[1].0, "{} overlaps {}", pair[0].2, pair[1].2);
     }
     if let Some(initrd) = &plan.initrd {
         assert!(plan.chunks.iter().any(|chunk| chunk.gpa == initrd.start));
     }
-    let covered = |address: u64| {
-        parts
-            .iter()
-            .any(|&(start, end, _)| (start..end).contains(&address))
-    };
+    let covered = |address: u64| parts.iter().any(|&(start, end, _)| (start..end).contains(&address));
     match plan.state {
         BootState::X86(state) => {
             let linear = state.sregs.cs.base + state.regs.pc;
-            let mapped = plan
-                .mappings
-                .iter()
-                .any(|m| (m.gpa..m.gpa + m.data.len() as u64).contains(&linear));
-            assert!(
-                covered(linear) || mapped,
-                "the entry {linear:#x} is in nothing that is loaded"
-            );
+            let mapped = plan.mappings.iter().any(|m| (m.gpa..m.gpa + m.data.len() as u64).contains(&linear));
+            assert!(covered(linear) || mapped, "the entry {linear:#x} is in nothing that is loaded");
             assert!(linear < 1 << 32);
             if state.mode != X86Mode::Real {
                 assert!(covered(state.sregs.gdt.base));
@@ -389,15 +292,8 @@ pub(crate) fn check(plan: &BootPlan<'_>, memory: &MemoryMap) {
             }
         }
         BootState::Aarch64(regs) => {
-            assert!(
-                covered(regs.pc),
-                "the entry {:#x} is in nothing that is loaded",
-                regs.pc
-            );
-            assert_eq!(
-                plan.device_tree.as_ref().map(|tree| tree.start),
-                Some(regs.gpr[0])
-            );
+            assert!(covered(regs.pc), "the entry {:#x} is in nothing that is loaded", regs.pc);
+            assert_eq!(plan.device_tree.as_ref().map(|tree| tree.start), Some(regs.gpr[0]));
         }
         _ => unreachable!("a new architecture needs its own checks"),
     }
@@ -429,13 +325,8 @@ impl Memory {
     }
 
     pub(crate) fn bytes(&self, gpa: u64, len: usize) -> &[u8] {
-        let inside =
-            |&&(start, ref data): &&(u64, Vec<u8>)| gpa >= start && gpa < start + data.len() as u64;
-        let (start, data) = self
-            .0
-            .iter()
-            .find(inside)
-            .unwrap_or_else(|| panic!("nothing was written at {gpa:#x}"));
+        let inside = |&&(start, ref data): &&(u64, Vec<u8>)| gpa >= start && gpa < start + data.len() as u64;
+        let (start, data) = self.0.iter().find(inside).unwrap_or_else(|| panic!("nothing was written at {gpa:#x}"));
         let at = (gpa - start) as usize;
         &data[at..at + len]
     }
@@ -457,10 +348,6 @@ impl Memory {
     }
 
     pub(crate) fn string(&self, gpa: u64) -> String {
-        (gpa..)
-            .map(|at| self.u8(at))
-            .take_while(|&byte| byte != 0)
-            .map(char::from)
-            .collect()
+        (gpa..).map(|at| self.u8(at)).take_while(|&byte| byte != 0).map(char::from).collect()
     }
 }

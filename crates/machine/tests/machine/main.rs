@@ -40,17 +40,9 @@ fn places() -> Vec<Place> {
     for kind in AccelKind::ALL {
         let reason = match probe_kind(kind) {
             Ok(caps) => {
-                let chips = [
-                    (caps.kernel_irqchip, IrqChip::Kernel),
-                    (caps.split_irqchip, IrqChip::Split),
-                ];
+                let chips = [(caps.kernel_irqchip, IrqChip::Kernel), (caps.split_irqchip, IrqChip::Split)];
                 let before = places.len();
-                places.extend(
-                    chips
-                        .into_iter()
-                        .filter(|(has, _)| *has)
-                        .map(|(_, chip)| (kind, chip)),
-                );
+                places.extend(chips.into_iter().filter(|(has, _)| *has).map(|(_, chip)| (kind, chip)));
                 if places.len() > before {
                     continue;
                 }
@@ -58,10 +50,7 @@ fn places() -> Vec<Place> {
             }
             Err(error) => error.to_string(),
         };
-        assert!(
-            !required.split(',').any(|name| name == kind.name()),
-            "{kind} is required, but: {reason}"
-        );
+        assert!(!required.split(',').any(|name| name == kind.name()), "{kind} is required, but: {reason}");
         eprintln!("skipped: {kind}: {reason}");
     }
     places
@@ -73,28 +62,17 @@ fn program(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> V
 }
 
 fn guest(image: &[u8]) -> Guest<'_> {
-    Guest {
-        kind: BootKind::Exactly(Protocol::Flat),
-        flat_address: AT,
-        ..Guest::new(image)
-    }
+    Guest { kind: BootKind::Exactly(Protocol::Flat), flat_address: AT, ..Guest::new(image) }
 }
 
 fn machine((kind, chip): Place, cpus: u32, image: &[u8], sink: &Sink) -> Machine {
     let accel = Box::new(PlatformBackend::new(kind).unwrap());
-    let config = MachineConfig {
-        memory: 16 << 20,
-        cpus,
-        irqchip: Some(chip),
-    };
+    let config = MachineConfig { memory: 16 << 20, cpus, irqchip: Some(chip) };
     Machine::new(accel, &config, &guest(image), Box::new(sink.clone())).unwrap()
 }
 
 /// Runs a guest on each accelerator; answers each outcome and what it wrote to its serial port.
-fn run(
-    cpus: u32,
-    write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
-) -> Vec<(Outcome, String)> {
+fn run(cpus: u32, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<(Outcome, String)> {
     run_at(&places(), cpus, write)
 }
 
@@ -155,10 +133,7 @@ fn a_guest_writes_a_line_and_leaves_through_the_exit_port() {
         let end = label(a)?;
         a.jmp(end)
     }) {
-        assert_eq!(
-            (outcome, text.as_str()),
-            (Outcome::ExitPort(0x2a), "hello\n")
-        );
+        assert_eq!((outcome, text.as_str()), (Outcome::ExitPort(0x2a), "hello\n"));
     }
 }
 
@@ -214,8 +189,7 @@ fn a_guest_that_spins_or_sleeps_meets_its_limit() {
             a.jmp(end)
         });
         for place in places() {
-            let outcome =
-                machine(place, 2, &image, &Sink::default()).run(Some(Duration::from_millis(50)));
+            let outcome = machine(place, 2, &image, &Sink::default()).run(Some(Duration::from_millis(50)));
             assert_eq!(outcome, Outcome::Timeout);
         }
     }
@@ -305,10 +279,7 @@ fn input_interrupts_the_guest_and_is_echoed() {
             (0xa1, 0xff),
         ];
         // The UART: FIFOs, DTR, RTS, OUT2, received-data interrupt.
-        for (port, value) in pics
-            .into_iter()
-            .chain([(0x3fa, 0x01), (0x3fc, 0x0b), (0x3f9, 0x01)])
-        {
+        for (port, value) in pics.into_iter().chain([(0x3fa, 0x01), (0x3fc, 0x0b), (0x3f9, 0x01)]) {
             out8(a, port, value)?;
         }
         let idle = label(a)?;
@@ -317,17 +288,11 @@ fn input_interrupts_the_guest_and_is_echoed() {
         a.jmp(idle)
     });
     // Beside local APICs of their own, not every accelerator takes the PICs' vectors.
-    for place in places()
-        .into_iter()
-        .filter(|(_, chip)| *chip == IrqChip::Kernel)
-    {
+    for place in places().into_iter().filter(|(_, chip)| *chip == IrqChip::Kernel) {
         let sink = Sink::default();
         let machine = machine(place, 1, &image, &sink);
         let input = machine.serial_input();
-        let typed: Vec<u8> = (0..5000)
-            .map(|i| b'a' + i as u8 % 26)
-            .chain([b'\n'])
-            .collect();
+        let typed: Vec<u8> = (0..5000).map(|i| b'a' + i as u8 % 26).chain([b'\n']).collect();
         let typist = std::thread::spawn({
             let (input, typed) = (input.clone(), typed.clone());
             move || input.send(&typed)
@@ -593,26 +558,11 @@ fn firmware_starts_at_the_reset_vector_and_may_write_to_its_low_copy_only() {
     image[SIZE - 16..SIZE - 11].copy_from_slice(&[0xea, 0x00, 0x00, 0x00, 0xf0]);
     for place in places() {
         let accel = Box::new(PlatformBackend::new(place.0).unwrap());
-        let firmware = Guest {
-            kind: BootKind::Exactly(Protocol::Firmware),
-            ..Guest::new(&image)
-        };
-        let machine = Machine::new(
-            accel,
-            &MachineConfig::default(),
-            &firmware,
-            Box::new(std::io::sink()),
-        )
-        .unwrap();
+        let firmware = Guest { kind: BootKind::Exactly(Protocol::Firmware), ..Guest::new(&image) };
+        let machine = Machine::new(accel, &MachineConfig::default(), &firmware, Box::new(std::io::sink())).unwrap();
         let memory = machine.memory();
         assert_eq!(machine.run(LIMIT), Outcome::ExitPort(0x21));
-        assert_eq!(
-            (
-                memory.read_u8(0xf_0100).unwrap(),
-                memory.read_u8(0xffff_0100).unwrap()
-            ),
-            (0x21, 0xf4)
-        );
+        assert_eq!((memory.read_u8(0xf_0100).unwrap(), memory.read_u8(0xffff_0100).unwrap()), (0x21, 0xf4));
     }
 }
 
@@ -634,18 +584,9 @@ fn a_closed_serial_port_ends_the_machine_with_a_reason() {
     });
     for place in places() {
         let accel = Box::new(PlatformBackend::new(place.0).unwrap());
-        let machine = Machine::new(
-            accel,
-            &MachineConfig::default(),
-            &guest(&image),
-            Box::new(Closed),
-        )
-        .unwrap();
+        let machine = Machine::new(accel, &MachineConfig::default(), &guest(&image), Box::new(Closed)).unwrap();
         let outcome = machine.run(LIMIT);
-        assert!(
-            matches!(outcome, Outcome::Failed(Failure::Output { .. })),
-            "{outcome}"
-        );
+        assert!(matches!(outcome, Outcome::Failed(Failure::Output { .. })), "{outcome}");
     }
 }
 
@@ -655,41 +596,17 @@ fn what_cannot_be_built_is_refused_with_a_reason() {
     for place in places() {
         let build = |memory, cpus, image: &[u8]| {
             let accel = Box::new(PlatformBackend::new(place.0).unwrap());
-            let config = MachineConfig {
-                memory,
-                cpus,
-                ..MachineConfig::default()
-            };
-            Machine::new(
-                accel,
-                &config,
-                &Guest {
-                    kind: BootKind::Auto,
-                    ..guest(image)
-                },
-                Box::new(std::io::sink()),
-            )
+            let config = MachineConfig { memory, cpus, ..MachineConfig::default() };
+            Machine::new(accel, &config, &Guest { kind: BootKind::Auto, ..guest(image) }, Box::new(std::io::sink()))
         };
         for memory in [0, 1, 3 << 20 | 1, u64::MAX, 1 << 62] {
-            assert!(
-                matches!(build(memory, 1, &image), Err(MachineError::Memory { .. })),
-                "{memory:#x}"
-            );
+            assert!(matches!(build(memory, 1, &image), Err(MachineError::Memory { .. })), "{memory:#x}");
         }
         for cpus in [0, 100_000, u32::MAX] {
-            assert!(
-                matches!(
-                    build(16 << 20, cpus, &image),
-                    Err(MachineError::Cpus { .. })
-                ),
-                "{cpus}"
-            );
+            assert!(matches!(build(16 << 20, cpus, &image), Err(MachineError::Cpus { .. })), "{cpus}");
         }
         for bad in [&[][..], b"\xff\xd8\xff\xe0 a picture", &[0; 4096]] {
-            assert!(matches!(
-                build(16 << 20, 1, bad),
-                Err(MachineError::Boot(_))
-            ));
+            assert!(matches!(build(16 << 20, 1, bad), Err(MachineError::Boot(_))));
         }
     }
 }
@@ -702,10 +619,7 @@ fn machines_come_and_go_in_one_process() {
     });
     for place in places() {
         for _ in 0..10 {
-            assert_eq!(
-                machine(place, 2, &image, &Sink::default()).run(LIMIT),
-                Outcome::ExitPort(1)
-            );
+            assert_eq!(machine(place, 2, &image, &Sink::default()).run(LIMIT), Outcome::ExitPort(1));
         }
     }
 }

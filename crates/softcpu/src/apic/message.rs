@@ -69,11 +69,7 @@ impl Destination {
     /// The eight bits that xAPICs, I/O APICs and MSIs have: FFH is everyone.
     #[must_use]
     pub fn widen(id: u8) -> u32 {
-        if id == 0xff {
-            Self::BROADCAST
-        } else {
-            u32::from(id)
-        }
+        if id == 0xff { Self::BROADCAST } else { u32::from(id) }
     }
 }
 
@@ -96,11 +92,7 @@ impl Message {
     pub fn from_msi(address: u64, data: u32) -> Self {
         let id = Destination::widen((address >> 12) as u8);
         Self {
-            destination: if address & 4 != 0 {
-                Destination::Logical(id)
-            } else {
-                Destination::Physical(id)
-            },
+            destination: if address & 4 != 0 { Destination::Logical(id) } else { Destination::Physical(id) },
             mode: DeliveryMode::from_bits((data >> 8) as u8),
             vector: data as u8,
             level: data & 1 << 15 != 0,

@@ -18,9 +18,8 @@ pub use message::{DeliveryMode, Destination, Ipi, Message, Reception, Shorthand}
 pub use timer::{Deadline, Now};
 
 use register::{
-    APR, DFR, DIVIDE, EOI, ESR, ICR, ICR_HIGH, ID, IRR, ISR, LDR, LVT_ERROR, LVT_LINT0, LVT_LINT1,
-    LVT_PERFORMANCE, LVT_THERMAL, LVT_TIMER, PPR, SELF_IPI, SVR, TIMER_CURRENT, TIMER_INITIAL, TMR,
-    TPR, VERSION, lvt,
+    APR, DFR, DIVIDE, EOI, ESR, ICR, ICR_HIGH, ID, IRR, ISR, LDR, LVT_ERROR, LVT_LINT0, LVT_LINT1, LVT_PERFORMANCE,
+    LVT_THERMAL, LVT_TIMER, PPR, SELF_IPI, SVR, TIMER_CURRENT, TIMER_INITIAL, TMR, TPR, VERSION, lvt,
 };
 use timer::Timer;
 
@@ -78,12 +77,7 @@ pub struct Features {
 
 impl Default for Features {
     fn default() -> Self {
-        Self {
-            physical_bits: 40,
-            x2apic: true,
-            tsc_deadline: true,
-            eoi_suppression: false,
-        }
+        Self { physical_bits: 40, x2apic: true, tsc_deadline: true, eoi_suppression: false }
     }
 }
 
@@ -137,8 +131,7 @@ impl Apic {
 
     fn reset_registers(&mut self) {
         self.regs = [0; 64];
-        self.regs[VERSION] =
-            register::VERSION_VALUE | u32::from(self.features.eoi_suppression) << 24;
+        self.regs[VERSION] = register::VERSION_VALUE | u32::from(self.features.eoi_suppression) << 24;
         self.regs[DFR] = u32::MAX;
         self.regs[SVR] = 0xff;
         for entry in register::LVTS {
@@ -282,11 +275,7 @@ impl Apic {
                     return Err(AccessFault);
                 }
                 let low = u64::from(self.read_register(index, now));
-                Ok(if index == ICR {
-                    low | u64::from(self.regs[ICR_HIGH]) << 32
-                } else {
-                    low
-                })
+                Ok(if index == ICR { low | u64::from(self.regs[ICR_HIGH]) << 32 } else { low })
             }
         }
     }
@@ -324,11 +313,7 @@ impl Apic {
 
     fn x2apic_register(&self, msr: u32) -> Result<usize, AccessFault> {
         let index = msr.wrapping_sub(MSR_X2APIC) as usize;
-        if self.is_x2apic() && index < self.regs.len() {
-            Ok(index)
-        } else {
-            Err(AccessFault)
-        }
+        if self.is_x2apic() && index < self.regs.len() { Ok(index) } else { Err(AccessFault) }
     }
 
     /// The guest reads the register page. Registers are four bytes wide, 16 apart; other bytes read as zero.
@@ -345,9 +330,7 @@ impl Apic {
 
     fn read_xapic(&mut self, index: u64, now: Now) -> u32 {
         match usize::try_from(index).ok().filter(|&i| register::exists(i)) {
-            Some(index) if register::REGISTERS[index].xapic.reads() => {
-                self.read_register(index, now)
-            }
+            Some(index) if register::REGISTERS[index].xapic.reads() => self.read_register(index, now),
             Some(_) => 0,
             None => {
                 self.error(register::ESR_ILLEGAL_REGISTER);
@@ -362,10 +345,7 @@ impl Apic {
         let (0, Some(value)) = (offset % 16, data.first_chunk()) else {
             return Outcome::None;
         };
-        match usize::try_from(offset / 16)
-            .ok()
-            .filter(|&i| register::exists(i))
-        {
+        match usize::try_from(offset / 16).ok().filter(|&i| register::exists(i)) {
             Some(index) if register::REGISTERS[index].xapic.writes() => {
                 self.write_register(index, u32::from_le_bytes(*value), now)
             }
@@ -420,11 +400,7 @@ impl Apic {
             DFR => self.regs[DFR] = value | 0x0fff_ffff,
             _ if register::LVTS.contains(&index) => {
                 // "Spurious Interrupt Vector Register": while disabled by software, mask bits cannot be cleared.
-                let forced = if self.is_software_enabled() {
-                    0
-                } else {
-                    lvt::MASKED
-                };
+                let forced = if self.is_software_enabled() { 0 } else { lvt::MASKED };
                 self.regs[index] = self.regs[index] & !writable | value | forced;
                 if index == LVT_TIMER && self.timer.set_mode(value) {
                     self.regs[TIMER_INITIAL] = 0;
@@ -466,17 +442,14 @@ impl Apic {
             DeliveryMode::Smi => Reception::Smi,
             DeliveryMode::Init => Reception::Init,
             DeliveryMode::ExtInt => Reception::ExtInt,
-            DeliveryMode::LowestPriority | DeliveryMode::Reserved | DeliveryMode::StartUp => {
-                Reception::Ignored
-            }
+            DeliveryMode::LowestPriority | DeliveryMode::Reserved | DeliveryMode::StartUp => Reception::Ignored,
         }
     }
 
     /// Drives the pin LINT0 (`pin` 0; the PIC's output, usually) or LINT1 (`pin` 1; NMI). Answers what the CPU itself must do. An
     /// ExtINT on LINT0 stays a matter of levels: see [`Apic::accepts_external`].
     pub fn set_lint(&mut self, pin: usize, level: bool) -> Reception {
-        let (Some(state), Some(&index)) = (self.lint.get_mut(pin), [LVT_LINT0, LVT_LINT1].get(pin))
-        else {
+        let (Some(state), Some(&index)) = (self.lint.get_mut(pin), [LVT_LINT0, LVT_LINT1].get(pin)) else {
             return Reception::Ignored;
         };
         let rising = level && !*state;
@@ -485,11 +458,7 @@ impl Apic {
             return Reception::Ignored;
         }
         let held = self.regs[index] & lvt::REMOTE_IRR != 0;
-        if held {
-            Reception::Ignored
-        } else {
-            self.fire_lint(index)
-        }
+        if held { Reception::Ignored } else { self.fire_lint(index) }
     }
 
     fn fire_lint(&mut self, index: usize) -> Reception {
@@ -522,8 +491,7 @@ impl Apic {
     pub fn accepts_external(&self) -> bool {
         let entry = self.regs[LVT_LINT0];
         !self.is_enabled()
-            || entry & lvt::MASKED == 0
-                && DeliveryMode::from_bits((entry >> 8 & 7) as u8) == DeliveryMode::ExtInt
+            || entry & lvt::MASKED == 0 && DeliveryMode::from_bits((entry >> 8 & 7) as u8) == DeliveryMode::ExtInt
     }
 
     /// Whether a message to `destination` is (also) for this APIC ("Determining IPI Destination"; "Logical Destination Mode in x2APIC Mode").
@@ -533,18 +501,8 @@ impl Apic {
             return false;
         }
         match destination {
-            Destination::Physical(id) | Destination::Logical(id)
-                if id == Destination::BROADCAST =>
-            {
-                true
-            }
-            Destination::Physical(id) => {
-                id == if self.is_x2apic() {
-                    self.regs[ID]
-                } else {
-                    self.regs[ID] >> 24
-                }
-            }
+            Destination::Physical(id) | Destination::Logical(id) if id == Destination::BROADCAST => true,
+            Destination::Physical(id) => id == if self.is_x2apic() { self.regs[ID] } else { self.regs[ID] >> 24 },
             Destination::Logical(wanted) if self.is_x2apic() => {
                 let own = self.regs[LDR];
                 wanted >> 16 == own >> 16 && wanted & own & 0xffff != 0
@@ -613,11 +571,7 @@ impl Apic {
     pub fn processor_priority(&self) -> u8 {
         let task = self.regs[TPR] as u8;
         let service = register::highest_bit(&self.regs, ISR).unwrap_or(0);
-        if task >> 4 >= service >> 4 {
-            task
-        } else {
-            service & 0xf0
-        }
+        if task >> 4 >= service >> 4 { task } else { service & 0xf0 }
     }
 
     /// The vector that would be delivered now: the highest requested one whose class is above the processor priority's.
@@ -626,8 +580,7 @@ impl Apic {
         if !self.is_software_enabled() {
             return None;
         }
-        register::highest_bit(&self.regs, IRR)
-            .filter(|vector| vector >> 4 > self.processor_priority() >> 4)
+        register::highest_bit(&self.regs, IRR).filter(|vector| vector >> 4 > self.processor_priority() >> 4)
     }
 
     /// The CPU takes [`Apic::pending`]: it moves from requested to in service.
@@ -698,26 +651,11 @@ impl Apic {
             self.self_ipi(vector);
             return Outcome::None;
         }
-        let id = if self.is_x2apic() {
-            self.regs[ICR_HIGH]
-        } else {
-            Destination::widen((self.regs[ICR_HIGH] >> 24) as u8)
-        };
-        let destination = if icr & 1 << 11 != 0 {
-            Destination::Logical(id)
-        } else {
-            Destination::Physical(id)
-        };
+        let id =
+            if self.is_x2apic() { self.regs[ICR_HIGH] } else { Destination::widen((self.regs[ICR_HIGH] >> 24) as u8) };
+        let destination = if icr & 1 << 11 != 0 { Destination::Logical(id) } else { Destination::Physical(id) };
         // An IPI is edge-triggered whatever bit 15 says, INIT apart.
-        Outcome::Ipi(Ipi {
-            shorthand,
-            message: Message {
-                destination,
-                mode,
-                vector,
-                level: false,
-            },
-        })
+        Outcome::Ipi(Ipi { shorthand, message: Message { destination, mode, vector, level: false } })
     }
 
     /// The registers as KVM_GET_LAPIC gives them (with 32-bit IDs): 1 KiB, each register at its offset. TSC deadline and
@@ -756,13 +694,7 @@ impl Apic {
             self.regs[bank] &= !0xffff;
         }
         let current = self.regs[TIMER_CURRENT];
-        self.timer = Timer::restore(
-            self.regs[LVT_TIMER],
-            self.regs[DIVIDE],
-            self.regs[TIMER_INITIAL],
-            current,
-            now,
-        );
+        self.timer = Timer::restore(self.regs[LVT_TIMER], self.regs[DIVIDE], self.regs[TIMER_INITIAL], current, now);
         self.errors = 0;
     }
 }

@@ -34,14 +34,7 @@ pub(super) const DIVIDE: usize = 0x3e;
 pub(super) const SELF_IPI: usize = 0x3f;
 
 /// The local vector table.
-pub(super) const LVTS: [usize; 6] = [
-    LVT_TIMER,
-    LVT_THERMAL,
-    LVT_PERFORMANCE,
-    LVT_LINT0,
-    LVT_LINT1,
-    LVT_ERROR,
-];
+pub(super) const LVTS: [usize; 6] = [LVT_TIMER, LVT_THERMAL, LVT_PERFORMANCE, LVT_LINT0, LVT_LINT1, LVT_ERROR];
 
 /// Version register: an integrated APIC, and the number of the last entry of the vector table.
 pub(super) const VERSION_VALUE: u32 = 0x14 | (LVTS.len() as u32 - 1) << 16;
@@ -142,11 +135,7 @@ const ICR_BITS: u32 = 0x000c_cfff;
 pub(super) static REGISTERS: [Register; 64] = {
     use Access::{Both, None, Read, Write};
     const fn register(xapic: Access, x2apic: Access, bits: u32) -> Register {
-        Register {
-            xapic,
-            x2apic,
-            bits,
-        }
+        Register { xapic, x2apic, bits }
     }
     let mut table = [register(None, None, 0); 64];
     table[ID] = register(Both, Read, 0xff00_0000);
@@ -182,9 +171,7 @@ pub(super) static REGISTERS: [Register; 64] = {
 
 /// Whether the register page has something at this offset / 16.
 pub(super) fn exists(index: usize) -> bool {
-    REGISTERS
-        .get(index)
-        .is_some_and(|r| r.xapic != Access::None)
+    REGISTERS.get(index).is_some_and(|r| r.xapic != Access::None)
 }
 
 /// Whether `vector` is set in the bank of eight registers that begins at `bank`.
@@ -200,9 +187,5 @@ pub(super) fn set_bit(regs: &mut [u32; 64], bank: usize, vector: u8, value: bool
 
 /// The highest vector set in a bank.
 pub(super) fn highest_bit(regs: &[u32; 64], bank: usize) -> Option<u8> {
-    (0..8u8).rev().find_map(|i| {
-        regs[bank + usize::from(i)]
-            .checked_ilog2()
-            .map(|bit| i * 32 + bit as u8)
-    })
+    (0..8u8).rev().find_map(|i| regs[bank + usize::from(i)].checked_ilog2().map(|bit| i * 32 + bit as u8))
 }

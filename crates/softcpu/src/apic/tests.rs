@@ -2,16 +2,10 @@
 
 use super::*;
 
-const T0: Now = Now {
-    ns: 1_000,
-    tsc: 5_000,
-};
+const T0: Now = Now { ns: 1_000, tsc: 5_000 };
 
 fn at(ns: u64) -> Now {
-    Now {
-        ns,
-        tsc: 5_000 + ns,
-    }
+    Now { ns, tsc: 5_000 + ns }
 }
 
 /// An xAPIC with ID 3, enabled by software.
@@ -23,10 +17,7 @@ fn xapic() -> Apic {
 
 fn x2apic() -> Apic {
     let mut apic = Apic::new(0x123, false, Features::default());
-    assert_eq!(
-        apic.write_msr(MSR_APIC_BASE, DEFAULT_BASE | BASE_ENABLE | BASE_X2APIC, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_APIC_BASE, DEFAULT_BASE | BASE_ENABLE | BASE_X2APIC, T0), Ok(Outcome::None));
     assert_eq!(wrmsr(&mut apic, SVR, 0x1ff), Ok(Outcome::None));
     apic
 }
@@ -58,12 +49,7 @@ fn rdmsr(apic: &mut Apic, index: usize) -> Result<u64, AccessFault> {
 }
 
 fn fixed(vector: u8, level: bool) -> Message {
-    Message {
-        destination: Destination::Physical(3),
-        mode: DeliveryMode::Fixed,
-        vector,
-        level,
-    }
+    Message { destination: Destination::Physical(3), mode: DeliveryMode::Fixed, vector, level }
 }
 
 #[test]
@@ -78,17 +64,7 @@ fn power_up_state_is_that_of_the_manual() {
     for entry in register::LVTS {
         assert_eq!(read(&mut apic, entry), 0x0001_0000);
     }
-    for index in [
-        TPR,
-        PPR,
-        LDR,
-        ICR,
-        ICR_HIGH,
-        ESR,
-        TIMER_INITIAL,
-        TIMER_CURRENT,
-        DIVIDE,
-    ] {
+    for index in [TPR, PPR, LDR, ICR, ICR_HIGH, ESR, TIMER_INITIAL, TIMER_CURRENT, DIVIDE] {
         assert_eq!(read(&mut apic, index), 0, "register {index:#x}");
     }
     assert_eq!(apic.next_deadline(), None);
@@ -144,17 +120,12 @@ fn priority_is_the_tasks_when_the_classes_are_equal() {
 
 #[test]
 fn only_a_level_triggered_end_is_broadcast() {
-    let features = Features {
-        eoi_suppression: true,
-        ..Features::default()
-    };
+    let features = Features { eoi_suppression: true, ..Features::default() };
     let mut apic = Apic::new(3, false, features);
     write(&mut apic, SVR, 0x1ff);
-    for (svr, level, expected) in [
-        (0x1ff, false, Outcome::None),
-        (0x1ff, true, Outcome::EndOfInterrupt(0x61)),
-        (0x11ff, true, Outcome::None),
-    ] {
+    for (svr, level, expected) in
+        [(0x1ff, false, Outcome::None), (0x1ff, true, Outcome::EndOfInterrupt(0x61)), (0x11ff, true, Outcome::None)]
+    {
         write(&mut apic, SVR, svr);
         assert_eq!(apic.accept(&fixed(0x61, level)), Reception::Interrupt);
         assert_eq!(read(&mut apic, TMR + 3) >> 1 & 1, u32::from(level));
@@ -177,21 +148,11 @@ fn disabled_by_software_it_masks_its_table_and_takes_no_vectors() {
     write(&mut apic, SVR, 0xff);
     assert_eq!(read(&mut apic, LVT_LINT1), 0x1_0400);
     write(&mut apic, LVT_LINT1, 0x400);
-    assert_eq!(
-        read(&mut apic, LVT_LINT1),
-        0x1_0400,
-        "the mask bit cannot be cleared"
-    );
+    assert_eq!(read(&mut apic, LVT_LINT1), 0x1_0400, "the mask bit cannot be cleared");
     assert_eq!(apic.accept(&fixed(0x50, false)), Reception::Ignored);
-    let init = Message {
-        mode: DeliveryMode::Init,
-        ..fixed(0, false)
-    };
+    let init = Message { mode: DeliveryMode::Init, ..fixed(0, false) };
     assert_eq!(apic.accept(&init), Reception::Init);
-    let start = Message {
-        mode: DeliveryMode::StartUp,
-        ..fixed(0x9a, false)
-    };
+    let start = Message { mode: DeliveryMode::StartUp, ..fixed(0x9a, false) };
     assert_eq!(apic.accept(&start), Reception::StartUp(0x9a));
 }
 
@@ -207,11 +168,7 @@ fn illegal_vectors_and_registers_show_in_esr_after_a_write() {
     assert_eq!(read(&mut apic, ESR), 0xe0);
     assert_eq!(apic.acknowledge(), Some(0xfe));
     write(&mut apic, EOI, 0);
-    assert_eq!(
-        apic.pending(),
-        None,
-        "one error interrupt until ESR is written"
-    );
+    assert_eq!(apic.pending(), None, "one error interrupt until ESR is written");
     write(&mut apic, ESR, 0);
     assert_eq!(read(&mut apic, ESR), 0);
     assert_eq!(apic.accept(&fixed(1, false)), Reception::Ignored);
@@ -230,19 +187,11 @@ fn an_illegal_error_vector_does_not_recurse() {
 #[test]
 fn writes_that_are_not_aligned_words_change_nothing() {
     let mut apic = xapic();
-    for (offset, data) in [
-        (0x80u64, &[1u8, 2][..]),
-        (0x81, &[1, 2, 3, 4]),
-        (0x84, &[1, 2, 3, 4]),
-        (0x80, &[]),
-    ] {
+    for (offset, data) in [(0x80u64, &[1u8, 2][..]), (0x81, &[1, 2, 3, 4]), (0x84, &[1, 2, 3, 4]), (0x80, &[])] {
         assert_eq!(apic.write_mmio(offset, data, T0), Outcome::None);
     }
     assert_eq!(read(&mut apic, TPR), 0);
-    assert_eq!(
-        apic.write_mmio(0x80, &[0x20, 0, 0, 0, 9, 9, 9, 9], T0),
-        Outcome::None
-    );
+    assert_eq!(apic.write_mmio(0x80, &[0x20, 0, 0, 0, 9, 9, 9, 9], T0), Outcome::None);
     let mut data = [0xaa; 8];
     apic.read_mmio(0x80, &mut data, T0);
     assert_eq!(data, [0x20, 0, 0, 0, 0, 0, 0, 0]);
@@ -254,26 +203,14 @@ fn writes_that_are_not_aligned_words_change_nothing() {
 
 #[test]
 fn one_shot_timer_fires_once_after_count_times_divisor() {
-    for (divide, divisor) in [
-        (0, 2),
-        (1, 4),
-        (2, 8),
-        (3, 16),
-        (8, 32),
-        (9, 64),
-        (10, 128),
-        (11, 1),
-    ] {
+    for (divide, divisor) in [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (10, 128), (11, 1)] {
         let mut apic = xapic();
         write(&mut apic, DIVIDE, divide);
         write(&mut apic, LVT_TIMER, 0xee);
         write(&mut apic, TIMER_INITIAL, 100);
         let expiry = T0.ns + 100 * divisor;
         assert_eq!(apic.next_deadline(), Some(Deadline::Ns(expiry)));
-        assert_eq!(
-            read_at(&mut apic, TIMER_CURRENT, at(T0.ns + 40 * divisor)),
-            60
-        );
+        assert_eq!(read_at(&mut apic, TIMER_CURRENT, at(T0.ns + 40 * divisor)), 60);
         apic.advance(at(expiry - 1));
         assert_eq!(apic.pending(), None);
         apic.advance(at(expiry));
@@ -296,10 +233,7 @@ fn periodic_timer_reloads_and_missed_periods_are_one_interrupt() {
     assert_eq!(apic.pending(), None);
     assert_eq!(apic.next_deadline(), Some(Deadline::Ns(T0.ns + 4000)));
     assert_eq!(read_at(&mut apic, TIMER_CURRENT, at(T0.ns + 3600)), 400);
-    assert_eq!(
-        write_at(&mut apic, TIMER_INITIAL, 0, at(T0.ns + 3700)),
-        Outcome::None
-    );
+    assert_eq!(write_at(&mut apic, TIMER_INITIAL, 0, at(T0.ns + 3700)), Outcome::None);
     assert_eq!(apic.next_deadline(), None);
 }
 
@@ -313,17 +247,11 @@ fn between_one_shot_and_periodic_the_count_goes_on() {
     write(&mut apic, DIVIDE, 11);
     write(&mut apic, LVT_TIMER, 0xee);
     write(&mut apic, TIMER_INITIAL, 1000);
-    assert_eq!(
-        write_at(&mut apic, LVT_TIMER, 0x2_00ee, at(T0.ns + 700)),
-        Outcome::None
-    );
+    assert_eq!(write_at(&mut apic, LVT_TIMER, 0x2_00ee, at(T0.ns + 700)), Outcome::None);
     assert_eq!(read_at(&mut apic, TIMER_CURRENT, at(T0.ns + 700)), 300);
     apic.advance(at(T0.ns + 1000));
     assert_eq!(apic.next_deadline(), Some(Deadline::Ns(T0.ns + 2000)));
-    assert_eq!(
-        write_at(&mut apic, LVT_TIMER, 0xee, at(T0.ns + 1500)),
-        Outcome::None
-    );
+    assert_eq!(write_at(&mut apic, LVT_TIMER, 0xee, at(T0.ns + 1500)), Outcome::None);
     apic.advance(at(T0.ns + 2000));
     assert_eq!(apic.next_deadline(), None);
 }
@@ -337,10 +265,7 @@ fn a_masked_timer_counts_without_interrupts() {
     assert_eq!(apic.next_deadline(), None);
     assert_eq!(read_at(&mut apic, TIMER_CURRENT, at(T0.ns + 100)), 900);
     apic.advance(at(T0.ns + 2000));
-    assert_eq!(
-        write_at(&mut apic, LVT_TIMER, 0xee, at(T0.ns + 2000)),
-        Outcome::None
-    );
+    assert_eq!(write_at(&mut apic, LVT_TIMER, 0xee, at(T0.ns + 2000)), Outcome::None);
     assert_eq!(apic.pending(), None);
 }
 
@@ -350,59 +275,34 @@ fn a_new_divisor_keeps_the_count() {
     write(&mut apic, DIVIDE, 11);
     write(&mut apic, LVT_TIMER, 0xee);
     write(&mut apic, TIMER_INITIAL, 1000);
-    assert_eq!(
-        write_at(&mut apic, DIVIDE, 0, at(T0.ns + 400)),
-        Outcome::None
-    );
-    assert_eq!(
-        apic.next_deadline(),
-        Some(Deadline::Ns(T0.ns + 400 + 600 * 2))
-    );
+    assert_eq!(write_at(&mut apic, DIVIDE, 0, at(T0.ns + 400)), Outcome::None);
+    assert_eq!(apic.next_deadline(), Some(Deadline::Ns(T0.ns + 400 + 600 * 2)));
 }
 
 #[test]
 fn tsc_deadline_fires_once_and_clears() {
     let mut apic = xapic();
     // Outside its mode the MSR ignores writes and reads as zero.
-    assert_eq!(
-        apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0), Ok(Outcome::None));
     assert_eq!(apic.read_msr(MSR_TSC_DEADLINE, T0), Ok(0));
     write(&mut apic, LVT_TIMER, 0x4_00ef);
     write(&mut apic, TIMER_INITIAL, 77);
-    assert_eq!(
-        read(&mut apic, TIMER_INITIAL),
-        0,
-        "the initial count is ignored in this mode"
-    );
-    assert_eq!(
-        apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(read(&mut apic, TIMER_INITIAL), 0, "the initial count is ignored in this mode");
+    assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0), Ok(Outcome::None));
     assert_eq!(apic.next_deadline(), Some(Deadline::Tsc(9_000)));
     assert_eq!(read(&mut apic, TIMER_CURRENT), 0);
     apic.advance(Now { ns: 0, tsc: 8_999 });
     assert_eq!(apic.pending(), None);
-    assert_eq!(
-        apic.read_msr(MSR_TSC_DEADLINE, Now { ns: 0, tsc: 9_000 }),
-        Ok(0)
-    );
+    assert_eq!(apic.read_msr(MSR_TSC_DEADLINE, Now { ns: 0, tsc: 9_000 }), Ok(0));
     assert_eq!(apic.acknowledge(), Some(0xef));
     write(&mut apic, EOI, 0);
     // A deadline in the past fires at once; zero disarms; leaving the mode disarms.
     assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 1, T0), Ok(Outcome::None));
     assert_eq!(apic.acknowledge(), Some(0xef));
-    assert_eq!(
-        apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0), Ok(Outcome::None));
     assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 0, T0), Ok(Outcome::None));
     assert_eq!(apic.next_deadline(), None);
-    assert_eq!(
-        apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_TSC_DEADLINE, 9_000, T0), Ok(Outcome::None));
     write(&mut apic, LVT_TIMER, 0xef);
     assert_eq!(apic.next_deadline(), None);
 }
@@ -412,82 +312,28 @@ fn ipis_become_messages() {
     let mut apic = xapic();
     write(&mut apic, ICR_HIGH, 0x0500_0000);
     let send = |apic: &mut Apic, value| write_at(apic, ICR, value, T0);
-    let message = |destination, mode, vector| Message {
-        destination,
-        mode,
-        vector,
-        level: false,
-    };
+    let message = |destination, mode, vector| Message { destination, mode, vector, level: false };
     let to = |shorthand, message| Outcome::Ipi(Ipi { shorthand, message });
     let five = Destination::Physical(5);
-    assert_eq!(
-        send(&mut apic, 0x4081),
-        to(Shorthand::None, message(five, DeliveryMode::Fixed, 0x81))
-    );
+    assert_eq!(send(&mut apic, 0x4081), to(Shorthand::None, message(five, DeliveryMode::Fixed, 0x81)));
     assert_eq!(
         send(&mut apic, 0x4981),
-        to(
-            Shorthand::None,
-            message(Destination::Logical(5), DeliveryMode::LowestPriority, 0x81)
-        )
+        to(Shorthand::None, message(Destination::Logical(5), DeliveryMode::LowestPriority, 0x81))
     );
-    assert_eq!(
-        send(&mut apic, 0x4400),
-        to(Shorthand::None, message(five, DeliveryMode::Nmi, 0))
-    );
-    assert_eq!(
-        send(&mut apic, 0xc500),
-        to(Shorthand::None, message(five, DeliveryMode::Init, 0))
-    );
-    assert_eq!(
-        send(&mut apic, 0x8500),
-        Outcome::None,
-        "INIT level de-assert"
-    );
-    assert_eq!(
-        send(&mut apic, 0x4699),
-        to(Shorthand::None, message(five, DeliveryMode::StartUp, 0x99))
-    );
-    assert_eq!(
-        send(&mut apic, 0x8_4081),
-        to(
-            Shorthand::AllIncludingSelf,
-            message(five, DeliveryMode::Fixed, 0x81)
-        )
-    );
-    assert_eq!(
-        send(&mut apic, 0xc_4500),
-        to(
-            Shorthand::AllExcludingSelf,
-            message(five, DeliveryMode::Init, 0)
-        )
-    );
+    assert_eq!(send(&mut apic, 0x4400), to(Shorthand::None, message(five, DeliveryMode::Nmi, 0)));
+    assert_eq!(send(&mut apic, 0xc500), to(Shorthand::None, message(five, DeliveryMode::Init, 0)));
+    assert_eq!(send(&mut apic, 0x8500), Outcome::None, "INIT level de-assert");
+    assert_eq!(send(&mut apic, 0x4699), to(Shorthand::None, message(five, DeliveryMode::StartUp, 0x99)));
+    assert_eq!(send(&mut apic, 0x8_4081), to(Shorthand::AllIncludingSelf, message(five, DeliveryMode::Fixed, 0x81)));
+    assert_eq!(send(&mut apic, 0xc_4500), to(Shorthand::AllExcludingSelf, message(five, DeliveryMode::Init, 0)));
     assert_eq!(send(&mut apic, 0x4_4081), Outcome::None);
-    assert_eq!(
-        apic.acknowledge(),
-        Some(0x81),
-        "the shorthand self needs nobody"
-    );
-    assert_eq!(
-        send(&mut apic, 0x5081),
-        to(Shorthand::None, message(five, DeliveryMode::Fixed, 0x81))
-    );
-    assert_eq!(
-        read(&mut apic, ICR),
-        0x4081,
-        "delivery status reads as idle"
-    );
+    assert_eq!(apic.acknowledge(), Some(0x81), "the shorthand self needs nobody");
+    assert_eq!(send(&mut apic, 0x5081), to(Shorthand::None, message(five, DeliveryMode::Fixed, 0x81)));
+    assert_eq!(read(&mut apic, ICR), 0x4081, "delivery status reads as idle");
     write(&mut apic, ICR_HIGH, 0xff00_0000);
     assert_eq!(
         send(&mut apic, 0x4081),
-        to(
-            Shorthand::None,
-            message(
-                Destination::Physical(Destination::BROADCAST),
-                DeliveryMode::Fixed,
-                0x81
-            )
-        )
+        to(Shorthand::None, message(Destination::Physical(Destination::BROADCAST), DeliveryMode::Fixed, 0x81))
     );
 }
 
@@ -495,10 +341,7 @@ fn ipis_become_messages() {
 fn destinations_match_in_each_model() {
     let mut apic = xapic();
     assert!(apic.matches(Destination::Physical(3)) && !apic.matches(Destination::Physical(2)));
-    assert!(
-        !apic.matches(Destination::Physical(0x103)),
-        "an xAPIC compares no more than it has"
-    );
+    assert!(!apic.matches(Destination::Physical(0x103)), "an xAPIC compares no more than it has");
     write(&mut apic, ID, 0x0900_0000);
     assert!(apic.matches(Destination::Physical(9)));
     assert!(apic.matches(Destination::Physical(Destination::BROADCAST)));
@@ -512,14 +355,9 @@ fn destinations_match_in_each_model() {
     assert!(apic.matches(Destination::Logical(0x23)));
     assert!(!apic.matches(Destination::Logical(0x21)) && !apic.matches(Destination::Logical(0x13)));
     let apic = x2apic();
-    assert!(
-        apic.matches(Destination::Physical(0x123)) && !apic.matches(Destination::Physical(0x23))
-    );
+    assert!(apic.matches(Destination::Physical(0x123)) && !apic.matches(Destination::Physical(0x23)));
     assert!(apic.matches(Destination::Logical(0x12_0008)));
-    assert!(
-        !apic.matches(Destination::Logical(0x12_0004))
-            && !apic.matches(Destination::Logical(0x11_0008))
-    );
+    assert!(!apic.matches(Destination::Logical(0x12_0004)) && !apic.matches(Destination::Logical(0x11_0008)));
     assert!(apic.matches(Destination::Physical(Destination::BROADCAST)));
 }
 
@@ -546,26 +384,13 @@ fn only_the_transitions_of_the_manual_are_possible() {
         apic.restore_base(from).unwrap();
         let result = apic.write_msr(MSR_APIC_BASE, to, T0);
         assert_eq!(result.is_ok(), legal, "{from:#x} to {to:#x}");
-        assert_eq!(
-            apic.read_msr(MSR_APIC_BASE, T0),
-            Ok(if legal { to } else { from })
-        );
+        assert_eq!(apic.read_msr(MSR_APIC_BASE, T0), Ok(if legal { to } else { from }));
     }
     let mut apic = Apic::new(3, false, Features::default());
     for reserved in [1, 1 << 9, 1 << 40] {
-        assert_eq!(
-            apic.write_msr(MSR_APIC_BASE, XAPIC | reserved, T0),
-            Err(AccessFault)
-        );
+        assert_eq!(apic.write_msr(MSR_APIC_BASE, XAPIC | reserved, T0), Err(AccessFault));
     }
-    let mut old = Apic::new(
-        3,
-        false,
-        Features {
-            x2apic: false,
-            ..Features::default()
-        },
-    );
+    let mut old = Apic::new(3, false, Features { x2apic: false, ..Features::default() });
     assert_eq!(old.write_msr(MSR_APIC_BASE, X2APIC, T0), Err(AccessFault));
     assert!(!old.owns_msr(MSR_X2APIC));
 }
@@ -574,19 +399,13 @@ fn only_the_transitions_of_the_manual_are_possible() {
 fn disabling_forgets_registers_and_hides_them() {
     let mut apic = xapic();
     write(&mut apic, ID, 0x0900_0000);
-    assert_eq!(
-        apic.write_msr(MSR_APIC_BASE, DEFAULT_BASE, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_APIC_BASE, DEFAULT_BASE, T0), Ok(Outcome::None));
     assert_eq!((apic.mmio_base(), apic.is_enabled()), (None, false));
     assert!(apic.accepts_external(), "LINT0 is then the INTR pin");
     apic.set_cr8(9);
     assert_eq!(apic.cr8(), 9, "CR8 works without the APIC");
     apic.set_cr8(0);
-    assert_eq!(
-        apic.write_msr(MSR_APIC_BASE, 0xfed4_0000 | BASE_ENABLE, T0),
-        Ok(Outcome::None)
-    );
+    assert_eq!(apic.write_msr(MSR_APIC_BASE, 0xfed4_0000 | BASE_ENABLE, T0), Ok(Outcome::None));
     assert_eq!(apic.mmio_base(), Some(0xfed4_0000));
     assert_eq!(read(&mut apic, ID), 0x0300_0000);
     assert_eq!(read(&mut apic, SVR), 0xff);
@@ -599,31 +418,13 @@ fn x2apic_registers_fault_as_the_manual_lists() {
     assert_eq!(rdmsr(&mut apic, LDR), Ok(0x0012_0008));
     assert_eq!(apic.mmio_base(), None);
     for read_only in [ID, VERSION, LDR, PPR, ISR, TMR, IRR, IRR + 7, TIMER_CURRENT] {
-        assert_eq!(
-            wrmsr(&mut apic, read_only, 0),
-            Err(AccessFault),
-            "{read_only:#x}"
-        );
+        assert_eq!(wrmsr(&mut apic, read_only, 0), Err(AccessFault), "{read_only:#x}");
         assert!(rdmsr(&mut apic, read_only).is_ok(), "{read_only:#x}");
     }
     for write_only in [EOI, SELF_IPI] {
         assert_eq!(rdmsr(&mut apic, write_only), Err(AccessFault));
     }
-    for absent in [
-        0,
-        1,
-        4,
-        APR,
-        register::RRD,
-        DFR,
-        0x29,
-        0x2f,
-        ICR_HIGH,
-        0x3a,
-        0x3d,
-        0x40,
-        0xff,
-    ] {
+    for absent in [0, 1, 4, APR, register::RRD, DFR, 0x29, 0x2f, ICR_HIGH, 0x3a, 0x3d, 0x40, 0xff] {
         assert_eq!(rdmsr(&mut apic, absent), Err(AccessFault), "{absent:#x}");
         assert_eq!(wrmsr(&mut apic, absent, 0), Err(AccessFault), "{absent:#x}");
     }
@@ -641,17 +442,9 @@ fn x2apic_registers_fault_as_the_manual_lists() {
         (LVT_TIMER, 1 << 19),
         (TIMER_INITIAL, 1 << 32),
     ] {
-        assert_eq!(
-            wrmsr(&mut apic, index, value),
-            Err(AccessFault),
-            "{index:#x} {value:#x}"
-        );
+        assert_eq!(wrmsr(&mut apic, index, value), Err(AccessFault), "{index:#x} {value:#x}");
     }
-    assert_eq!(
-        wrmsr(&mut apic, LVT_LINT0, 0x1_f7ff),
-        Ok(Outcome::None),
-        "read-only bits are no fault"
-    );
+    assert_eq!(wrmsr(&mut apic, LVT_LINT0, 0x1_f7ff), Ok(Outcome::None), "read-only bits are no fault");
     assert_eq!(rdmsr(&mut apic, LVT_LINT0), Ok(0x1_a7ff));
     // Outside x2APIC mode none of them exists.
     let mut apic = xapic();
@@ -662,18 +455,11 @@ fn x2apic_registers_fault_as_the_manual_lists() {
 #[test]
 fn x2apic_sends_with_one_write_of_64_bits() {
     let mut apic = x2apic();
-    let message = Message {
-        destination: Destination::Physical(0x1_2345),
-        mode: DeliveryMode::Fixed,
-        vector: 0x55,
-        level: false,
-    };
+    let message =
+        Message { destination: Destination::Physical(0x1_2345), mode: DeliveryMode::Fixed, vector: 0x55, level: false };
     assert_eq!(
         wrmsr(&mut apic, ICR, 0x1_2345_0000_4055),
-        Ok(Outcome::Ipi(Ipi {
-            shorthand: Shorthand::None,
-            message
-        }))
+        Ok(Outcome::Ipi(Ipi { shorthand: Shorthand::None, message }))
     );
     assert_eq!(rdmsr(&mut apic, ICR), Ok(0x1_2345_0000_4055));
     assert_eq!(wrmsr(&mut apic, SELF_IPI, 0x77), Ok(Outcome::None));
@@ -687,14 +473,7 @@ fn init_keeps_base_and_identity() {
     write(&mut apic, TPR, 0x30);
     assert_eq!(apic.accept(&fixed(0x50, false)), Reception::Interrupt);
     apic.init();
-    assert_eq!(
-        (
-            read(&mut apic, ID),
-            read(&mut apic, TPR),
-            read(&mut apic, SVR)
-        ),
-        (0x0700_0000, 0, 0xff)
-    );
+    assert_eq!((read(&mut apic, ID), read(&mut apic, TPR), read(&mut apic, SVR)), (0x0700_0000, 0, 0xff));
     assert_eq!(apic.pending(), None);
     let mut apic = x2apic();
     apic.init();
@@ -726,16 +505,10 @@ fn a_level_on_lint0_comes_again_after_its_end() {
     assert_eq!(apic.set_lint(0, true), Reception::Interrupt);
     assert_eq!(read(&mut apic, LVT_LINT0), 0xc071);
     assert_eq!(apic.acknowledge(), Some(0x71));
-    assert_eq!(
-        write_at(&mut apic, EOI, 0, T0),
-        Outcome::EndOfInterrupt(0x71)
-    );
+    assert_eq!(write_at(&mut apic, EOI, 0, T0), Outcome::EndOfInterrupt(0x71));
     assert_eq!(apic.acknowledge(), Some(0x71));
     assert_eq!(apic.set_lint(0, false), Reception::Ignored);
-    assert_eq!(
-        write_at(&mut apic, EOI, 0, T0),
-        Outcome::EndOfInterrupt(0x71)
-    );
+    assert_eq!(write_at(&mut apic, EOI, 0, T0), Outcome::EndOfInterrupt(0x71));
     assert_eq!((apic.pending(), read(&mut apic, LVT_LINT0)), (None, 0x8071));
 }
 
@@ -755,17 +528,9 @@ fn a_counter_interrupt_masks_its_entry() {
 fn msi_fields_are_where_the_manual_has_them() {
     assert_eq!(
         Message::from_msi(0xfee0_5004, 0x8141),
-        Message {
-            destination: Destination::Logical(5),
-            mode: DeliveryMode::LowestPriority,
-            vector: 0x41,
-            level: true
-        }
+        Message { destination: Destination::Logical(5), mode: DeliveryMode::LowestPriority, vector: 0x41, level: true }
     );
-    assert_eq!(
-        Message::from_msi(0xfeef_f000, 0).destination,
-        Destination::Physical(Destination::BROADCAST)
-    );
+    assert_eq!(Message::from_msi(0xfeef_f000, 0).destination, Destination::Physical(Destination::BROADCAST));
     for bits in 0..8 {
         assert_eq!(DeliveryMode::from_bits(bits).bits(), bits);
     }
@@ -790,10 +555,7 @@ fn a_saved_page_restores_everything_and_the_timer_goes_on() {
     assert_eq!(other.page(at(50_000)), page);
     assert_eq!(write_at(&mut other, EOI, 0, at(50_000)), Outcome::None);
     assert_eq!(other.acknowledge(), Some(0x50));
-    assert_eq!(
-        write_at(&mut other, EOI, 0, at(50_000)),
-        Outcome::EndOfInterrupt(0x50)
-    );
+    assert_eq!(write_at(&mut other, EOI, 0, at(50_000)), Outcome::EndOfInterrupt(0x50));
 }
 
 #[test]
@@ -807,10 +569,7 @@ fn a_page_of_ones_leaves_no_impossible_state() {
             apic.advance(at(ns * 1_000_000_000));
             let _ = apic.acknowledge();
         }
-        let _ = apic.page(Now {
-            ns: u64::MAX,
-            tsc: u64::MAX,
-        });
+        let _ = apic.page(Now { ns: u64::MAX, tsc: u64::MAX });
     }
 }
 
@@ -827,36 +586,19 @@ fn random_accesses_never_break_an_invariant() {
     for mut apic in [xapic(), x2apic()] {
         for _ in 0..200_000 {
             let (what, value, time) = (random(), random(), random());
-            let now = Now {
-                ns: if time % 50 == 0 {
-                    u64::MAX
-                } else {
-                    time % 100_000
-                },
-                tsc: time >> (time % 64),
-            };
+            let now = Now { ns: if time % 50 == 0 { u64::MAX } else { time % 100_000 }, tsc: time >> (time % 64) };
             let _ = match what % 6 {
-                0 => apic.write_mmio(
-                    what >> 8 & 0xfff,
-                    &value.to_le_bytes()[..(value % 9) as usize],
-                    now,
-                ),
+                0 => apic.write_mmio(what >> 8 & 0xfff, &value.to_le_bytes()[..(value % 9) as usize], now),
                 1 => write_at(&mut apic, (what >> 8) as usize % 64, value as u32, now),
                 2 => apic
-                    .write_msr(
-                        MSR_X2APIC + (what >> 8 & 0x3f) as u32,
-                        value >> (what >> 16 & 63),
-                        now,
-                    )
+                    .write_msr(MSR_X2APIC + (what >> 8 & 0x3f) as u32, value >> (what >> 16 & 63), now)
                     .unwrap_or(Outcome::None),
                 3 => {
                     let _ = apic.accept(&Message::from_msi(what, value as u32));
                     let _ = apic.set_lint((what >> 8 & 3) as usize, what & 1 << 20 != 0);
                     Outcome::None
                 }
-                4 => apic
-                    .write_msr(MSR_TSC_DEADLINE, value, now)
-                    .unwrap_or(Outcome::None),
+                4 => apic.write_msr(MSR_TSC_DEADLINE, value, now).unwrap_or(Outcome::None),
                 _ => {
                     apic.advance(now);
                     Outcome::None

@@ -51,12 +51,7 @@ pub(super) struct Timer {
 impl Timer {
     /// From saved registers; `current` is where the count was.
     pub(super) fn restore(lvt: u32, divide: u32, initial: u32, current: u32, now: Now) -> Self {
-        let mut timer = Self {
-            mode: Mode::from_lvt(lvt),
-            divide,
-            initial,
-            ..Self::default()
-        };
+        let mut timer = Self { mode: Mode::from_lvt(lvt), divide, initial, ..Self::default() };
         if timer.mode != Mode::TscDeadline && current != 0 && initial != 0 {
             timer.expiry = Some(timer.after(now, current.min(initial)));
         }
@@ -76,9 +71,7 @@ impl Timer {
     }
 
     pub(super) fn current_count(&self, now: Now) -> u32 {
-        let left = self
-            .expiry
-            .map_or(0, |expiry| expiry.saturating_sub(now.ns));
+        let left = self.expiry.map_or(0, |expiry| expiry.saturating_sub(now.ns));
         u32::try_from(left.div_ceil(self.divisor())).unwrap_or(u32::MAX)
     }
 
@@ -128,9 +121,7 @@ impl Timer {
 
     pub(super) fn deadline(&self) -> Option<Deadline> {
         match self.mode {
-            Mode::TscDeadline => {
-                (self.tsc_deadline != 0).then_some(Deadline::Tsc(self.tsc_deadline))
-            }
+            Mode::TscDeadline => (self.tsc_deadline != 0).then_some(Deadline::Tsc(self.tsc_deadline)),
             _ => self.expiry.map(Deadline::Ns),
         }
     }
@@ -142,9 +133,8 @@ impl Timer {
             Some(Deadline::Tsc(at)) if at <= now.tsc => self.tsc_deadline = 0,
             Some(Deadline::Ns(at)) if at <= now.ns => {
                 let period = u64::from(self.initial) * self.divisor();
-                self.expiry = (self.mode == Mode::Periodic && period != 0).then(|| {
-                    at.saturating_add(((now.ns - at) / period + 1).saturating_mul(period))
-                });
+                self.expiry = (self.mode == Mode::Periodic && period != 0)
+                    .then(|| at.saturating_add(((now.ns - at) / period + 1).saturating_mul(period)));
             }
             _ => return false,
         }

@@ -61,22 +61,13 @@ fn set_flags<T: Word, const OP: u8>(cpu: &mut Core, a: u64, r: u64, carry: u64) 
     };
     // NEG is 0 - a.
     let a = if OP == NEG { 0 } else { a };
-    cpu.fl = Flags {
-        kind: kind | T::LOG,
-        aux: carry as u32,
-        a,
-        r,
-    };
+    cpu.fl = Flags { kind: kind | T::LOG, aux: carry as u32, a, r };
 }
 
 /// CF, for the operations that read or keep it.
 #[inline(always)]
 fn carry_in<const OP: u8>(cpu: &Core) -> u64 {
-    if matches!(OP, ADC | SBB | INC | DEC) {
-        u64::from(cpu.fl.cf())
-    } else {
-        0
-    }
+    if matches!(OP, ADC | SBB | INC | DEC) { u64::from(cpu.fl.cf()) } else { 0 }
 }
 
 fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
@@ -113,10 +104,7 @@ fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, 
 }
 
 #[inline(never)]
-fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(
-    cpu: &mut Core,
-    op: &Op,
-) -> Exec {
+fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
     if F == MR || F == MI {
         let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
@@ -225,18 +213,12 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     let carry = carry_in::<OP>(cpu);
     let memory = if F < RM {
         0
-    } else if op.am == 0
-        && let Some(value) = cpu.hit_read::<T>(cpu.offset(op))
-    {
+    } else if let Some(value) = cpu.hit_operand::<T>(op) {
         value
     } else {
         return fused_general::<T, OP, F>(cpu, op, CC);
     };
-    let a = if F == MR || F == MI {
-        memory
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let a = if F == MR || F == MI { memory } else { cpu.reg::<T>(op.d) };
     let b = match F {
         RR | MR => cpu.reg::<T>(op.s),
         RM => memory,
@@ -247,22 +229,14 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     if OP != CMP && OP != TEST {
         cpu.set_reg::<T>(op.d, r);
     }
-    Err(if holds::<T, OP, CC>(cpu, a, b, r) {
-        Leave::Taken
-    } else {
-        Leave::Fall
-    })
+    Err(if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall })
 }
 
 /// A comparison with memory that the TLB does not have at hand, and the branch behind it.
 #[inline(never)]
 fn fused_general<T: Word, const OP: u8, const F: u8>(cpu: &mut Core, op: &Op, cc: u8) -> Exec {
     binary_general::<T, OP, F, false>(cpu, op)?;
-    Err(if cpu.fl.condition(cc) {
-        Leave::Taken
-    } else {
-        Leave::Fall
-    })
+    Err(if cpu.fl.condition(cc) { Leave::Taken } else { Leave::Fall })
 }
 
 /// Picks the instance of a handler for one of the conditions listed.

@@ -24,22 +24,12 @@ fn change<const OP: u8>(value: u64, bit: u64) -> u64 {
 }
 
 /// `REG`: the bit number is in a register, and with memory it may lie anywhere around the operand.
-fn bit<T: Word, const OP: u8, const REG: bool, const M: bool, const LOCK: bool>(
-    cpu: &mut Core,
-    op: &Op,
-) -> Exec {
+fn bit<T: Word, const OP: u8, const REG: bool, const M: bool, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let number = if REG { cpu.reg::<T>(op.s) } else { op.imm };
     let mask = 1u64 << (number & u64::from(T::BITS - 1));
     let old = if M {
-        let away = if REG {
-            (T::sign_extend(number) >> (T::LOG + 3)) as u64
-        } else {
-            0
-        };
-        let moved = Op {
-            disp: op.disp.wrapping_add(away.wrapping_mul(T::BYTES)),
-            ..*op
-        };
+        let away = if REG { (T::sign_extend(number) >> (T::LOG + 3)) as u64 } else { 0 };
+        let moved = Op { disp: op.disp.wrapping_add(away.wrapping_mul(T::BYTES)), ..*op };
         if OP == BT {
             cpu.load_word::<T>(&moved)?
         } else {
@@ -59,11 +49,7 @@ fn bit<T: Word, const OP: u8, const REG: bool, const M: bool, const LOCK: bool>(
 
 fn pick_bit<const OP: u8>(insn: &Instruction) -> Handler {
     let size = size0(insn);
-    match (
-        insn.op1_kind() == OpKind::Register,
-        has_memory(insn),
-        insn.has_lock_prefix(),
-    ) {
+    match (insn.op1_kind() == OpKind::Register, has_memory(insn), insn.has_lock_prefix()) {
         (true, false, _) => by_size!(size, bit::<[T], OP, true, false, false>),
         (false, false, _) => by_size!(size, bit::<[T], OP, false, false, false>),
         (true, true, false) => by_size!(size, bit::<[T], OP, true, true, false>),
@@ -75,29 +61,17 @@ fn pick_bit<const OP: u8>(insn: &Instruction) -> Handler {
 
 /// BSF and BSR. A zero source sets ZF and leaves the destination; the other flags are undefined: kept.
 fn scan<T: Word, const REVERSE: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let value = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.s)
-    };
+    let value = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
     cpu.fl.assign(if value == 0 { ZF } else { 0 }, ZF);
     if value != 0 {
-        let at = if REVERSE {
-            63 - value.leading_zeros()
-        } else {
-            value.trailing_zeros()
-        };
+        let at = if REVERSE { 63 - value.leading_zeros() } else { value.trailing_zeros() };
         cpu.set_reg::<T>(op.d, u64::from(at));
     }
     Ok(())
 }
 
 fn popcnt<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let value = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.s)
-    };
+    let value = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
     cpu.set_reg::<T>(op.d, u64::from(value.count_ones()));
     cpu.fl = Flags::from_bits(if value == 0 { ZF } else { 0 });
     Ok(())

@@ -19,22 +19,14 @@ fn jmp(_: &mut Core, _: &Op) -> Exec {
 }
 
 fn jcc<const CC: u8>(cpu: &mut Core, _: &Op) -> Exec {
-    Err(if cpu.fl.condition(CC) {
-        Leave::Taken
-    } else {
-        Leave::Fall
-    })
+    Err(if cpu.fl.condition(CC) { Leave::Taken } else { Leave::Fall })
 }
 
 impl Core {
     /// Checks the target of an indirect near jump and sets RIP.
     #[inline(always)]
     fn jump_near(&mut self, rip: u64) -> Exec {
-        let inside = if self.code64() {
-            canonical(rip)
-        } else {
-            rip <= u64::from(self.st.segs[seg::CS].limit)
-        };
+        let inside = if self.code64() { canonical(rip) } else { rip <= u64::from(self.st.segs[seg::CS].limit) };
         if !inside {
             return self.raise(Exception::Gp(0));
         }
@@ -45,16 +37,8 @@ impl Core {
     /// The same before anything is pushed.
     #[inline(always)]
     fn check_near(&mut self, rip: u64) -> Exec {
-        let inside = if self.code64() {
-            canonical(rip)
-        } else {
-            rip <= u64::from(self.st.segs[seg::CS].limit)
-        };
-        if inside {
-            Ok(())
-        } else {
-            self.raise(Exception::Gp(0))
-        }
+        let inside = if self.code64() { canonical(rip) } else { rip <= u64::from(self.st.segs[seg::CS].limit) };
+        if inside { Ok(()) } else { self.raise(Exception::Gp(0)) }
     }
 }
 
@@ -72,34 +56,23 @@ fn call_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn jmp_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    if M && T::BITS == 64
-        && op.am == 0
-        && let Some(rip) = cpu
-            .hit_read::<T>(cpu.offset(op))
-            .filter(|rip| canonical(*rip))
-    {
-        cpu.st.rip = rip;
-        return Err(Leave::Indirect);
+    if M && T::BITS == 64 && op.am == 0 {
+        if let Some(rip) = cpu.hit_read::<T>(cpu.offset(op)).filter(|rip| canonical(*rip)) {
+            cpu.st.rip = rip;
+            return Err(Leave::Indirect);
+        }
     }
     jmp_general::<T, M>(cpu, op)
 }
 
 #[inline(never)]
 fn jmp_general<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let rip = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let rip = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
     cpu.jump_near(rip)
 }
 
 fn call_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let rip = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let rip = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
     cpu.check_near(rip)?;
     let next = cpu.next_rip(op);
     cpu.push::<T>(next)?;
@@ -109,12 +82,12 @@ fn call_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 
 fn ret<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let sp = cpu.st.gpr[4];
-    if cpu.code64()
-        && let Some(rip) = cpu.hit_read::<T>(sp).filter(|rip| canonical(*rip))
-    {
-        cpu.st.gpr[4] = sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff);
-        cpu.st.rip = rip;
-        return Err(Leave::Indirect);
+    if cpu.code64() {
+        if let Some(rip) = cpu.hit_read::<T>(sp).filter(|rip| canonical(*rip)) {
+            cpu.st.gpr[4] = sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff);
+            cpu.st.rip = rip;
+            return Err(Leave::Indirect);
+        }
     }
     ret_general::<T>(cpu, op)
 }
@@ -137,11 +110,7 @@ const JCXZ: u8 = 3;
 fn count_jump<A: Word, const OP: u8>(cpu: &mut Core, _: &Op) -> Exec {
     let count = cpu.reg::<A>(1);
     if OP == JCXZ {
-        return Err(if count == 0 {
-            Leave::Taken
-        } else {
-            Leave::Fall
-        });
+        return Err(if count == 0 { Leave::Taken } else { Leave::Fall });
     }
     let left = A::cut(count.wrapping_sub(1));
     let taken = left != 0
@@ -199,11 +168,7 @@ fn ud(cpu: &mut Core, _: &Op) -> Exec {
 fn branch_size(insn: &Instruction) -> usize {
     match insn.code() {
         Code::Call_rel16 | Code::Call_rm16 | Code::Jmp_rm16 | Code::Retnw | Code::Retnw_imm16 => 2,
-        Code::Call_rel32_32
-        | Code::Call_rm32
-        | Code::Jmp_rm32
-        | Code::Retnd
-        | Code::Retnd_imm16 => 4,
+        Code::Call_rel32_32 | Code::Call_rm32 | Code::Jmp_rm32 | Code::Retnd | Code::Retnd_imm16 => 4,
         _ => 8,
     }
 }

@@ -26,11 +26,11 @@ fn mov_ri<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 // through the general path.
 
 fn mov_rm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    if op.am == 0
-        && let Some(value) = cpu.hit_read::<T>(cpu.offset(op))
-    {
-        cpu.set_reg::<T>(op.d, value);
-        return Ok(());
+    if op.am == 0 {
+        if let Some(value) = cpu.hit_read::<T>(cpu.offset(op)) {
+            cpu.set_reg::<T>(op.d, value);
+            return Ok(());
+        }
     }
     mov_rm_general::<T>(cpu, op)
 }
@@ -66,35 +66,19 @@ fn store_general<T: Word>(cpu: &mut Core, op: &Op, value: u64) -> Exec {
 fn extend<D: Word, S: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let value = if !M {
         cpu.reg::<S>(op.s)
-    } else if op.am == 0
-        && let Some(value) = cpu.hit_read::<S>(cpu.offset(op))
-    {
+    } else if let Some(value) = cpu.hit_operand::<S>(op) {
         value
     } else {
         return extend_general::<D, S, SIGNED>(cpu, op);
     };
-    cpu.set_reg::<D>(
-        op.d,
-        if SIGNED {
-            D::cut(S::sign_extend(value) as u64)
-        } else {
-            value
-        },
-    );
+    cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
     Ok(())
 }
 
 #[inline(never)]
 fn extend_general<D: Word, S: Word, const SIGNED: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.load_word::<S>(op)?;
-    cpu.set_reg::<D>(
-        op.d,
-        if SIGNED {
-            D::cut(S::sign_extend(value) as u64)
-        } else {
-            value
-        },
-    );
+    cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
     Ok(())
 }
 
@@ -147,16 +131,8 @@ fn xchg_mr<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 
 fn cmov<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     // The load happens, and may fault, whatever the condition is; a 32-bit destination is always zero-extended.
-    let value = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.s)
-    };
-    let value = if cpu.fl.condition(op.sc >> 3) {
-        value
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let value = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
+    let value = if cpu.fl.condition(op.sc >> 3) { value } else { cpu.reg::<T>(op.d) };
     cpu.set_reg::<T>(op.d, value);
     Ok(())
 }
@@ -173,10 +149,7 @@ fn setcc<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 fn bswap<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.d);
     // With a 16-bit operand the result is undefined; processors clear the register.
-    cpu.set_reg::<T>(
-        op.d,
-        value.swap_bytes() >> (64 - T::BITS) & if T::BITS == 16 { 0 } else { u64::MAX },
-    );
+    cpu.set_reg::<T>(op.d, value.swap_bytes() >> (64 - T::BITS) & if T::BITS == 16 { 0 } else { u64::MAX });
     Ok(())
 }
 
@@ -218,12 +191,7 @@ fn sahf(cpu: &mut Core, _: &Op) -> Exec {
 
 fn xlat(cpu: &mut Core, op: &Op) -> Exec {
     // b is rBX, the index AL is not a 64-bit register.
-    let offset = cpu
-        .offset(&Op {
-            i: super::NO_REG,
-            ..*op
-        })
-        .wrapping_add(cpu.reg::<u8>(0));
+    let offset = cpu.offset(&Op { i: super::NO_REG, ..*op }).wrapping_add(cpu.reg::<u8>(0));
     let offset = if op.am & super::AM_32 != 0 {
         offset & 0xffff_ffff
     } else if op.am & super::AM_16 != 0 {
@@ -250,12 +218,7 @@ fn xadd<T: Word, const M: bool, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Ex
     if !M {
         cpu.set_reg::<T>(op.d, r);
     }
-    cpu.fl = Flags {
-        kind: kind::ADD | T::LOG,
-        aux: 0,
-        a,
-        r,
-    };
+    cpu.fl = Flags { kind: kind::ADD | T::LOG, aux: 0, a, r };
     Ok(())
 }
 
@@ -275,12 +238,7 @@ fn cmpxchg<T: Word, const M: bool, const LOCK: bool>(cpu: &mut Core, op: &Op) ->
     if old != expected {
         cpu.set_reg::<T>(0, old);
     }
-    cpu.fl = Flags {
-        kind: kind::SUB | T::LOG,
-        aux: 0,
-        a: expected,
-        r: T::cut(expected.wrapping_sub(old)),
-    };
+    cpu.fl = Flags { kind: kind::SUB | T::LOG, aux: 0, a: expected, r: T::cut(expected.wrapping_sub(old)) };
     Ok(())
 }
 
@@ -293,15 +251,12 @@ fn cmpxchg8b<const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
         cpu.set_reg::<u32>(0, old);
         cpu.set_reg::<u32>(2, old >> 32);
     }
-    cpu.fl
-        .assign(if old == expected { rflags::ZF } else { 0 }, rflags::ZF);
+    cpu.fl.assign(if old == expected { rflags::ZF } else { 0 }, rflags::ZF);
     Ok(())
 }
 
 fn cmpxchg16b(cpu: &mut Core, op: &Op) -> Exec {
-    let pair = |cpu: &Core, high, low| {
-        u128::from(cpu.reg::<u64>(high)) << 64 | u128::from(cpu.reg::<u64>(low))
-    };
+    let pair = |cpu: &Core, high, low| u128::from(cpu.reg::<u64>(high)) << 64 | u128::from(cpu.reg::<u64>(low));
     let (expected, new) = (pair(cpu, 2, 0), pair(cpu, 1, 3));
     let lin = cpu.linear(op, 16, true)?;
     if lin & 15 != 0 {
@@ -312,8 +267,7 @@ fn cmpxchg16b(cpu: &mut Core, op: &Op) -> Exec {
         cpu.set_reg::<u64>(0, old as u64);
         cpu.set_reg::<u64>(2, (old >> 64) as u64);
     }
-    cpu.fl
-        .assign(if old == expected { rflags::ZF } else { 0 }, rflags::ZF);
+    cpu.fl.assign(if old == expected { rflags::ZF } else { 0 }, rflags::ZF);
     Ok(())
 }
 
@@ -396,10 +350,7 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
                 setcc::<false>
             }
         }
-        _ if condition_number(insn).is_some()
-            && insn.op_count() == 2
-            && insn.op0_register().is_gpr() =>
-        {
+        _ if condition_number(insn).is_some() && insn.op_count() == 2 && insn.op0_register().is_gpr() => {
             if memory {
                 by_size!(size, cmov::<[T], true>)
             } else {

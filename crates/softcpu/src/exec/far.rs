@@ -26,11 +26,7 @@ fn mov_to_seg<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     if index == seg::CS {
         return cpu.raise(Exception::Ud);
     }
-    let value = if M {
-        cpu.load::<u16>(op)?
-    } else {
-        cpu.reg::<u16>(op.s) as u16
-    };
+    let value = if M { cpu.load::<u16>(op)? } else { cpu.reg::<u16>(op.s) as u16 };
     cpu.load_segment(index, value)?;
     if index == seg::SS {
         cpu.st.events.mov_ss_shadow = true;
@@ -46,11 +42,7 @@ fn load_pointer<T: Word, const SEG: usize>(cpu: &mut Core, op: &Op) -> Exec {
     let selector = cpu.read::<u16>(cpu.wrap(lin.wrapping_add(T::BYTES)))?;
     cpu.load_segment(SEG, selector)?;
     cpu.set_reg::<T>(op.d, offset);
-    if SEG == seg::SS {
-        Err(Leave::Next)
-    } else {
-        Ok(())
-    }
+    if SEG == seg::SS { Err(Leave::Next) } else { Ok(()) }
 }
 
 impl Core {
@@ -61,11 +53,7 @@ impl Core {
         } else {
             rip <= u64::from(descriptor.segment(0).limit)
         };
-        if inside {
-            Ok(())
-        } else {
-            self.raise(Exception::Gp(0))
-        }
+        if inside { Ok(()) } else { self.raise(Exception::Gp(0)) }
     }
 
     /// The descriptor of a code segment that a far jump or call names directly, checked.
@@ -77,10 +65,7 @@ impl Core {
         } else {
             (selector & 3) as u8 <= cpl && descriptor.dpl() == cpl
         };
-        if !descriptor.is_code()
-            || !allowed
-            || self.long_mode() && descriptor.long() && descriptor.big()
-        {
+        if !descriptor.is_code() || !allowed || self.long_mode() && descriptor.long() && descriptor.big() {
             return self.raise(Exception::Gp(error));
         }
         if !descriptor.present() {
@@ -121,11 +106,7 @@ impl Core {
         }
         let (selector, mut code, rip, _) = self.call_gate(selector, descriptor)?;
         let cpl = self.cpl();
-        let allowed = if code.conforming() {
-            code.dpl() <= cpl
-        } else {
-            code.dpl() == cpl
-        };
+        let allowed = if code.conforming() { code.dpl() <= cpl } else { code.dpl() == cpl };
         if !allowed {
             return self.raise(Exception::Gp(selector & 0xfffc));
         }
@@ -136,11 +117,7 @@ impl Core {
     }
 
     /// Checks a call gate and the code segment behind it: selector, descriptor, RIP, and the gate.
-    fn call_gate(
-        &mut self,
-        selector: u16,
-        gate: Descriptor,
-    ) -> Exec<(u16, Descriptor, u64, Descriptor)> {
+    fn call_gate(&mut self, selector: u16, gate: Descriptor) -> Exec<(u16, Descriptor, u64, Descriptor)> {
         let error = selector & 0xfffc;
         let long = self.long_mode();
         let wide = match gate.kind() {
@@ -151,11 +128,7 @@ impl Core {
         if gate.dpl() < self.cpl() || gate.dpl() < (selector & 3) as u8 {
             return self.raise(Exception::Gp(error));
         }
-        let high = if long {
-            self.descriptor_high(selector)?
-        } else {
-            0
-        };
+        let high = if long { self.descriptor_high(selector)? } else { 0 };
         if high >> 40 & 0x1f != 0 {
             return self.raise(Exception::Gp(error));
         }
@@ -217,14 +190,7 @@ impl Core {
     }
 
     /// A call through a gate at the same privilege level: the gate's size, not the instruction's.
-    fn gate_same(
-        &mut self,
-        selector: u16,
-        mut code: Descriptor,
-        rip: u64,
-        gate: Descriptor,
-        next: u64,
-    ) -> Exec {
+    fn gate_same(&mut self, selector: u16, mut code: Descriptor, rip: u64, gate: Descriptor, next: u64) -> Exec {
         let old_cs = u64::from(self.st.segs[seg::CS].selector);
         let size = if self.long_mode() {
             self.poke::<u64>(1, old_cs)?;
@@ -248,14 +214,7 @@ impl Core {
     }
 
     /// A call through a gate to an inner level: another stack, parameters copied.
-    fn gate_inward(
-        &mut self,
-        selector: u16,
-        mut code: Descriptor,
-        rip: u64,
-        gate: Descriptor,
-        next: u64,
-    ) -> Exec {
+    fn gate_inward(&mut self, selector: u16, mut code: Descriptor, rip: u64, gate: Descriptor, next: u64) -> Exec {
         let cpl = code.dpl();
         let old_cs = self.st.segs[seg::CS].selector;
         let (old_ss, old_sp) = (self.st.segs[seg::SS].selector, self.st.gpr[4]);
@@ -263,11 +222,7 @@ impl Core {
         if self.long_mode() {
             let top = self.read_tss_pointer(4 + 8 * u64::from(cpl), 0)?;
             let mut frame = [0; 32];
-            for (slot, word) in
-                frame
-                    .chunks_exact_mut(8)
-                    .zip([next, u64::from(old_cs), old_sp, u64::from(old_ss)])
-            {
+            for (slot, word) in frame.chunks_exact_mut(8).zip([next, u64::from(old_cs), old_sp, u64::from(old_ss)]) {
                 slot.copy_from_slice(&word.to_le_bytes());
             }
             let sp = top.wrapping_sub(32);
@@ -291,11 +246,7 @@ impl Core {
         let count = gate.0 >> 32 & 31;
         let mut words = vec![u32::from(old_ss), old_sp as u32];
         for i in (0..count).rev() {
-            words.push(if wide {
-                self.peek::<u32>(i)?.0
-            } else {
-                self.peek::<u16>(i)?.0
-            } as u32);
+            words.push(if wide { self.peek::<u32>(i)?.0 } else { self.peek::<u16>(i)?.0 } as u32);
         }
         words.extend([u32::from(old_cs), next as u32]);
         let sp = self.push_frame(&ss, top, &words, wide, system)?;
@@ -314,11 +265,7 @@ impl Core {
         }
         let descriptor = self.descriptor_or_gp(selector, 0)?;
         let rpl = (selector & 3) as u8;
-        let allowed = if descriptor.conforming() {
-            descriptor.dpl() <= rpl
-        } else {
-            descriptor.dpl() == rpl
-        };
+        let allowed = if descriptor.conforming() { descriptor.dpl() <= rpl } else { descriptor.dpl() == rpl };
         if !descriptor.is_code()
             || rpl < self.cpl()
             || !allowed
@@ -334,18 +281,8 @@ impl Core {
 
     /// Checks the stack segment of a return to level `rpl`, to code that `code` describes.
     fn return_stack(&mut self, selector: u16, rpl: u8, code: Descriptor) -> Exec<Segment> {
-        if is_null(selector)
-            && self.long_mode()
-            && code.long()
-            && rpl != 3
-            && (selector & 3) as u8 == rpl
-        {
-            return Ok(Segment {
-                selector,
-                access: u16::from(rpl) << 5 | 0x93,
-                unusable: true,
-                ..Segment::default()
-            });
+        if is_null(selector) && self.long_mode() && code.long() && rpl != 3 && (selector & 3) as u8 == rpl {
+            return Ok(Segment { selector, access: u16::from(rpl) << 5 | 0x93, unusable: true, ..Segment::default() });
         }
         if is_null(selector) {
             return self.raise(Exception::Gp(0));
@@ -376,9 +313,7 @@ impl Core {
         let at = self.cut_sp(sp.wrapping_add(2 * T::BYTES + release));
         let old = self.st.gpr[4];
         self.set_sp(at);
-        let outer = self
-            .peek::<T>(0)
-            .and_then(|(sp, _)| self.peek::<T>(1).map(|(ss, _)| (sp, ss as u16)));
+        let outer = self.peek::<T>(0).and_then(|(sp, _)| self.peek::<T>(1).map(|(ss, _)| (sp, ss as u16)));
         self.st.gpr[4] = old;
         let (outer_sp, outer_ss) = outer?;
         let ss = self.return_stack(outer_ss, rpl, code)?;
@@ -402,13 +337,7 @@ impl Core {
 
     /// The flags that IRET at the current level may change, and their new values.
     fn return_flags<T: Word>(&mut self, value: u64) {
-        let mut change = rflags::ARITH
-            | rflags::TF
-            | rflags::DF
-            | rflags::NT
-            | rflags::RF
-            | rflags::AC
-            | rflags::ID;
+        let mut change = rflags::ARITH | rflags::TF | rflags::DF | rflags::NT | rflags::RF | rflags::AC | rflags::ID;
         if self.cpl() == 0 || !self.pe() {
             change |= rflags::IOPL;
         }
@@ -438,11 +367,7 @@ impl Core {
         }
         // NT asks for a task switch, VM for virtual-8086 mode: neither is offered.
         if self.st.rflags & rflags::NT != 0 {
-            return self.raise(if self.long_mode() {
-                Exception::Gp(0)
-            } else {
-                Exception::Ts(0)
-            });
+            return self.raise(if self.long_mode() { Exception::Gp(0) } else { Exception::Ts(0) });
         }
         if !self.long_mode() && flags & rflags::VM != 0 && T::BITS == 32 && self.cpl() == 0 {
             return self.raise(Exception::Gp(0));
@@ -536,11 +461,7 @@ fn iret<T: Word>(cpu: &mut Core, _: &Op) -> Exec {
 fn lldt<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let selector = system_selector::<M>(cpu, op)?;
     if is_null(selector) {
-        cpu.st.ldtr = Segment {
-            selector,
-            unusable: true,
-            ..Segment::default()
-        };
+        cpu.st.ldtr = Segment { selector, unusable: true, ..Segment::default() };
         return Ok(());
     }
     let descriptor = system_descriptor(cpu, selector, &[kind::LDT])?;
@@ -554,11 +475,7 @@ fn ltr<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     if is_null(selector) {
         return cpu.raise(Exception::Gp(0));
     }
-    let kinds: &[u8] = if cpu.long_mode() {
-        &[kind::TSS32]
-    } else {
-        &[kind::TSS16, kind::TSS32]
-    };
+    let kinds: &[u8] = if cpu.long_mode() { &[kind::TSS32] } else { &[kind::TSS16, kind::TSS32] };
     let descriptor = system_descriptor(cpu, selector, kinds)?;
     let mut segment = long_base(cpu, selector, descriptor)?;
     // Busy.
@@ -575,11 +492,7 @@ fn system_selector<const M: bool>(cpu: &mut Core, op: &Op) -> Exec<u16> {
     if cpu.cpl() != 0 {
         return cpu.raise(Exception::Gp(0));
     }
-    if M {
-        cpu.load::<u16>(op)
-    } else {
-        Ok(cpu.reg::<u16>(op.d) as u16)
-    }
+    if M { cpu.load::<u16>(op) } else { Ok(cpu.reg::<u16>(op.d) as u16) }
 }
 
 fn system_descriptor(cpu: &mut Core, selector: u16, kinds: &[u8]) -> Exec<Descriptor> {
@@ -615,11 +528,7 @@ fn asked<const M: bool>(cpu: &mut Core, op: &Op, reg: u8) -> Exec<u16> {
     if !cpu.protected() {
         return cpu.raise(Exception::Ud);
     }
-    if M {
-        cpu.load::<u16>(op)
-    } else {
-        Ok(cpu.reg::<u16>(reg) as u16)
-    }
+    if M { cpu.load::<u16>(op) } else { Ok(cpu.reg::<u16>(reg) as u16) }
 }
 
 fn lar<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
@@ -655,12 +564,7 @@ fn lsl<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 fn verify<const WRITE: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let selector = asked::<M>(cpu, op, op.d)?;
     let holds = cpu.visible(selector)?.is_some_and(|d| {
-        d.is_segment()
-            && if WRITE {
-                d.is_writable_data()
-            } else {
-                !d.is_code() || d.kind() & 2 != 0
-            }
+        d.is_segment() && if WRITE { d.is_writable_data() } else { !d.is_code() || d.kind() & 2 != 0 }
     });
     cpu.answer_zf(holds);
     Ok(())
@@ -702,13 +606,8 @@ fn far_size(insn: &Instruction) -> usize {
 /// See the module documentation of `exec`.
 pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
     let memory = has_memory(insn);
-    let segment =
-        |k: u32| insn.op_kind(k) == OpKind::Register && insn.op_register(k).is_segment_register();
-    let size = if insn.op_count() > 0 && insn.op0_kind() == OpKind::Register {
-        insn.op0_register().size()
-    } else {
-        0
-    };
+    let segment = |k: u32| insn.op_kind(k) == OpKind::Register && insn.op_register(k).is_segment_register();
+    let size = if insn.op_count() > 0 && insn.op0_kind() == OpKind::Register { insn.op0_register().size() } else { 0 };
     Some(match insn.mnemonic() {
         Mnemonic::Mov if segment(1) && memory => mov_from_seg::<u16, true>,
         Mnemonic::Mov if segment(1) => by_size!(size, mov_from_seg::<[T], false>),

@@ -202,20 +202,16 @@ impl Op {
                 OpKind::Register if k == 2 && op.d == NO_REG => op.d = number(insn.op_register(2)),
                 OpKind::Memory => op.memory(insn, code64),
                 // ENTER, EXTRQ: the second immediate goes above the first.
-                OpKind::Immediate8_2nd => {
-                    op.imm = op.imm & 0xffff | u64::from(insn.immediate8_2nd()) << 16
-                }
+                OpKind::Immediate8_2nd => op.imm = op.imm & 0xffff | u64::from(insn.immediate8_2nd()) << 16,
                 _ if is_immediate(kind) => op.imm = insn.immediate(k),
                 OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                     op.imm = insn.near_branch_target()
                 }
                 OpKind::FarBranch16 => {
-                    op.imm =
-                        u64::from(insn.far_branch16()) | u64::from(insn.far_branch_selector()) << 32
+                    op.imm = u64::from(insn.far_branch16()) | u64::from(insn.far_branch_selector()) << 32
                 }
                 OpKind::FarBranch32 => {
-                    op.imm =
-                        u64::from(insn.far_branch32()) | u64::from(insn.far_branch_selector()) << 32
+                    op.imm = u64::from(insn.far_branch32()) | u64::from(insn.far_branch_selector()) << 32
                 }
                 OpKind::MemorySegSI
                 | OpKind::MemorySegESI
@@ -237,11 +233,7 @@ impl Op {
     fn memory(&mut self, insn: &Instruction, code64: bool) {
         self.disp = insn.memory_displacement64();
         let base = insn.memory_base();
-        self.b = if insn.is_ip_rel_memory_operand() {
-            NO_REG
-        } else {
-            number(base)
-        };
+        self.b = if insn.is_ip_rel_memory_operand() { NO_REG } else { number(base) };
         self.i = number(insn.memory_index());
         self.sc = insn.memory_index_scale().trailing_zeros() as u8;
         let address = match base.size().max(insn.memory_index().size()) {
@@ -251,11 +243,8 @@ impl Op {
             size => size,
         };
         // A displacement alone in 64-bit mode is sign-extended unless a 67 prefix cut it; iced gives it whole already.
-        let address = if code64 && base == Register::None && insn.memory_index() == Register::None {
-            8
-        } else {
-            address
-        };
+        let address =
+            if code64 && base == Register::None && insn.memory_index() == Register::None { 8 } else { address };
         self.address_mode(address, segment_number(insn.memory_segment()), code64);
     }
 

@@ -45,7 +45,9 @@ macro_rules! mmx {
         }
         [handler::<false> as Handler, handler::<true>]
     }};
-    ($f:ident) => { mmx!(u64, |op, a, b| simd::$f(a, b)) };
+    ($f:ident) => {
+        mmx!(u64, |op, a, b| simd::$f(a, b))
+    };
 }
 
 /// A shift in place by an immediate.

@@ -152,104 +152,32 @@ pub(crate) struct Family {
 
 /// Every family, asked in this order.
 pub(crate) const FAMILIES: &[Family] = &[
-    Family {
-        need: Need::None,
-        lower: alu::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: data::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: control::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: stack::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: shift::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: bits::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: muldiv::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: string::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: far::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: system::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: xsave::lower,
-    },
-    Family {
-        need: Need::Sse,
-        lower: sse_mov::lower,
-    },
-    Family {
-        need: Need::Sse,
-        lower: sse_int::lower,
-    },
-    Family {
-        need: Need::None,
-        lower: sse_int::lower_crc32,
-    },
-    Family {
-        need: Need::Sse,
-        lower: sse_fp::lower,
-    },
-    Family {
-        need: Need::Mmx,
-        lower: mmx::lower,
-    },
-    Family {
-        need: Need::Sse,
-        lower: mmx::lower_mixed,
-    },
-    Family {
-        need: Need::X87,
-        lower: x87::lower,
-    },
-    Family {
-        need: Need::X87,
-        lower: x87_control::lower,
-    },
-    Family {
-        need: Need::Wait,
-        lower: x87_control::lower_wait,
-    },
+    Family { need: Need::None, lower: alu::lower },
+    Family { need: Need::None, lower: data::lower },
+    Family { need: Need::None, lower: control::lower },
+    Family { need: Need::None, lower: stack::lower },
+    Family { need: Need::None, lower: shift::lower },
+    Family { need: Need::None, lower: bits::lower },
+    Family { need: Need::None, lower: muldiv::lower },
+    Family { need: Need::None, lower: string::lower },
+    Family { need: Need::None, lower: far::lower },
+    Family { need: Need::None, lower: system::lower },
+    Family { need: Need::None, lower: xsave::lower },
+    Family { need: Need::Sse, lower: sse_mov::lower },
+    Family { need: Need::Sse, lower: sse_int::lower },
+    Family { need: Need::None, lower: sse_int::lower_crc32 },
+    Family { need: Need::Sse, lower: sse_fp::lower },
+    Family { need: Need::Mmx, lower: mmx::lower },
+    Family { need: Need::Sse, lower: mmx::lower_mixed },
+    Family { need: Need::X87, lower: x87::lower },
+    Family { need: Need::X87, lower: x87_control::lower },
+    Family { need: Need::Wait, lower: x87_control::lower_wait },
 ];
 
 impl Op {
     /// A record without operands.
     pub(crate) fn nothing(f: Handler) -> Op {
-        Op {
-            f,
-            imm: 0,
-            disp: 0,
-            d: NO_REG,
-            s: NO_REG,
-            b: NO_REG,
-            i: NO_REG,
-            sc: 0,
-            am: 0,
-            off: 0,
-            len: 0,
-        }
+        Op { f, imm: 0, disp: 0, d: NO_REG, s: NO_REG, b: NO_REG, i: NO_REG, sc: 0, am: 0, off: 0, len: 0 }
     }
 }
 
@@ -276,10 +204,6 @@ impl Core {
     /// What an unmasked SIMD floating-point exception raises.
     pub(crate) fn simd_exception<T>(&mut self) -> Exec<T> {
         let supported = self.st.cr4 & cr4::OSXMMEXCPT != 0;
-        self.raise(if supported {
-            Exception::Xm
-        } else {
-            Exception::Ud
-        })
+        self.raise(if supported { Exception::Xm } else { Exception::Ud })
     }
 }

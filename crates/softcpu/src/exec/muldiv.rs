@@ -11,12 +11,7 @@ use crate::flags::{Flags, kind};
 use crate::state::rflags::{AF, ARITH, CF, OF, PF, SF, ZF};
 
 fn product_flags<T: Word>(cpu: &mut Core, low: u64, overflow: bool) {
-    cpu.fl = Flags {
-        kind: kind::RES | T::LOG,
-        aux: if overflow { (CF | OF) as u32 } else { 0 },
-        a: 0,
-        r: T::cut(low),
-    };
+    cpu.fl = Flags { kind: kind::RES | T::LOG, aux: if overflow { (CF | OF) as u32 } else { 0 }, a: 0, r: T::cut(low) };
 }
 
 /// Writes a double-width result to AX, DX:AX, EDX:EAX or RDX:RAX.
@@ -30,20 +25,12 @@ fn set_pair<T: Word>(cpu: &mut Core, low: u64, high: u64) {
 }
 
 fn mul<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
     let a = cpu.reg::<T>(0);
     let (low, high, overflow) = if SIGNED {
         let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(b));
         let low = T::cut(product as u64);
-        (
-            low,
-            T::cut((product >> T::BITS) as u64),
-            i128::from(T::sign_extend(low)) != product,
-        )
+        (low, T::cut((product >> T::BITS) as u64), i128::from(T::sign_extend(low)) != product)
     } else {
         let product = u128::from(a) * u128::from(b);
         let high = (product >> T::BITS) as u64;
@@ -56,16 +43,8 @@ fn mul<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> E
 
 /// IMUL with two or three operands.
 fn imul<T: Word, const IMM: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.s)
-    };
-    let a = if IMM {
-        T::cut(op.imm)
-    } else {
-        cpu.reg::<T>(op.d)
-    };
+    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.s) };
+    let a = if IMM { T::cut(op.imm) } else { cpu.reg::<T>(op.d) };
     let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(b));
     let low = T::cut(product as u64);
     cpu.set_reg::<T>(op.d, low);
@@ -75,16 +54,9 @@ fn imul<T: Word, const IMM: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exe
 
 /// The flags that a division leaves are undefined; they are left alone.
 fn div<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let b = if M {
-        cpu.load_word::<T>(op)?
-    } else {
-        cpu.reg::<T>(op.d)
-    };
-    let (low, high) = if T::BITS == 8 {
-        (cpu.reg::<u8>(0), cpu.reg::<u8>(16))
-    } else {
-        (cpu.reg::<T>(0), cpu.reg::<T>(2))
-    };
+    let b = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
+    let (low, high) =
+        if T::BITS == 8 { (cpu.reg::<u8>(0), cpu.reg::<u8>(16)) } else { (cpu.reg::<T>(0), cpu.reg::<T>(2)) };
     if b == 0 {
         return cpu.raise(Exception::De);
     }
@@ -100,9 +72,7 @@ fn div<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> E
     } else {
         let a = u128::from(high) << T::BITS | u128::from(low);
         let b = u128::from(b);
-        Some(a / b)
-            .filter(|q| *q >> T::BITS == 0)
-            .map(|q| (q as u64, (a % b) as u64))
+        Some(a / b).filter(|q| *q >> T::BITS == 0).map(|q| (q as u64, (a % b) as u64))
     };
     let Some((quotient, remainder)) = result else {
         return cpu.raise(Exception::De);
@@ -113,12 +83,7 @@ fn div<T: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> E
 
 /// Flags SF, ZF, PF of AL, and the given others.
 fn decimal_flags(cpu: &mut Core, al: u64, bits: u64) {
-    cpu.fl = Flags {
-        kind: kind::RES,
-        aux: bits as u32,
-        a: 0,
-        r: al & 0xff,
-    };
+    cpu.fl = Flags { kind: kind::RES, aux: bits as u32, a: 0, r: al & 0xff };
 }
 
 /// DAA and DAS.
@@ -127,8 +92,7 @@ fn daa<const SUB: bool>(cpu: &mut Core, _: &Op) -> Exec {
     let (cf, af) = (cpu.fl.cf(), cpu.fl.af());
     let mut al = old;
     let mut bits = 0;
-    let adjust =
-        |by: u64, al: &mut u64| *al = if SUB { al.wrapping_sub(by) } else { *al + by } & 0xff;
+    let adjust = |by: u64, al: &mut u64| *al = if SUB { al.wrapping_sub(by) } else { *al + by } & 0xff;
     if old & 15 > 9 || af {
         adjust(6, &mut al);
         bits |= AF;

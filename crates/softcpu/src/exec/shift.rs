@@ -49,44 +49,24 @@ fn shift<T: Word, const OP: u8>(a: u64, count: u32, carry: bool) -> Shifted {
         }
         ROL => {
             let n = count % bits;
-            let r = if n == 0 {
-                a
-            } else {
-                T::cut(a << n | a >> (bits - n))
-            };
+            let r = if n == 0 { a } else { T::cut(a << n | a >> (bits - n)) };
             let cf = r & 1 != 0;
             (r, cf, top(r) != cf)
         }
         ROR => {
             let n = count % bits;
-            let r = if n == 0 {
-                a
-            } else {
-                T::cut(a >> n | a << (bits - n))
-            };
+            let r = if n == 0 { a } else { T::cut(a >> n | a << (bits - n)) };
             (r, top(r), top(r) != (r >> (bits - 2) & 1 != 0))
         }
         _ => {
             // Through carry: a value of one bit more.
             let n = count % (bits + 1);
             let wide = u128::from(carry) << bits | u128::from(a);
-            let n = if OP == RCL {
-                n
-            } else {
-                (bits + 1 - n) % (bits + 1)
-            };
+            let n = if OP == RCL { n } else { (bits + 1 - n) % (bits + 1) };
             let mask = (1u128 << (bits + 1)) - 1;
             let turned = (wide << n | wide >> (bits + 1 - n)) & mask;
             let (r, cf) = (T::cut(turned as u64), turned >> bits & 1 != 0);
-            (
-                r,
-                cf,
-                if OP == RCL {
-                    top(r) != cf
-                } else {
-                    top(r) != (r >> (bits - 2) & 1 != 0)
-                },
-            )
+            (r, cf, if OP == RCL { top(r) != cf } else { top(r) != (r >> (bits - 2) & 1 != 0) })
         }
     }
 }
@@ -114,11 +94,7 @@ fn shifts<T: Word, const OP: u8, const C: u8, const M: bool>(cpu: &mut Core, op:
         }
         return Ok(());
     }
-    let carry = if OP == RCL || OP == RCR {
-        cpu.fl.cf()
-    } else {
-        false
-    };
+    let carry = if OP == RCL || OP == RCR { cpu.fl.cf() } else { false };
     let a = if M {
         let lin = cpu.linear(op, T::BYTES, true)?;
         cpu.rmw::<T, false>(lin, |a| shift::<T, OP>(a, count, carry).0)?
@@ -128,12 +104,7 @@ fn shifts<T: Word, const OP: u8, const C: u8, const M: bool>(cpu: &mut Core, op:
     let (r, cf, of) = shift::<T, OP>(a, count, carry);
     let bits = if cf { CF } else { 0 } | if of { OF } else { 0 };
     if OP >= SHL {
-        cpu.fl = Flags {
-            kind: kind::RES | T::LOG,
-            aux: bits as u32,
-            a: 0,
-            r,
-        };
+        cpu.fl = Flags { kind: kind::RES | T::LOG, aux: bits as u32, a: 0, r };
     } else {
         cpu.fl.assign(bits, CF | OF);
     }
@@ -155,25 +126,13 @@ fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core,
         }
         if LEFT {
             let wide = u128::from(a) << bits | u128::from(b);
-            let wide = if bits == 16 {
-                wide << 16 | u128::from(a)
-            } else {
-                wide
-            };
+            let wide = if bits == 16 { wide << 16 | u128::from(a) } else { wide };
             let total = if bits == 16 { 48 } else { 2 * bits };
-            let result = if total == 128 {
-                wide << count >> 64
-            } else {
-                wide << count >> (total - bits)
-            };
+            let result = if total == 128 { wide << count >> 64 } else { wide << count >> (total - bits) };
             (T::cut(result as u64), wide >> (total - count) & 1 != 0)
         } else {
             let wide = u128::from(b) << bits | u128::from(a);
-            let wide = if bits == 16 {
-                wide | u128::from(a) << 32
-            } else {
-                wide
-            };
+            let wide = if bits == 16 { wide | u128::from(a) << 32 } else { wide };
             (T::cut((wide >> count) as u64), wide >> (count - 1) & 1 != 0)
         }
     };
@@ -188,18 +147,9 @@ fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core,
         cpu.set_reg::<T>(op.d, r);
     }
     if count != 0 {
-        let of = if LEFT {
-            T::sign(r) != cf
-        } else {
-            T::sign(r) != (r >> (T::BITS - 2) & 1 != 0)
-        };
+        let of = if LEFT { T::sign(r) != cf } else { T::sign(r) != (r >> (T::BITS - 2) & 1 != 0) };
         let bits = if cf { CF } else { 0 } | if of { OF } else { 0 };
-        cpu.fl = Flags {
-            kind: kind::RES | T::LOG,
-            aux: bits as u32,
-            a: 0,
-            r,
-        };
+        cpu.fl = Flags { kind: kind::RES | T::LOG, aux: bits as u32, a: 0, r };
     }
     Ok(())
 }

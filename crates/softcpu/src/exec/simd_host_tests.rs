@@ -7,10 +7,7 @@
 
 use std::arch::asm;
 
-use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind,
-    Register,
-};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::xsave::legacy_image;
 use super::{FAMILIES, mmx, sse_int, sse_mov};
@@ -191,38 +188,20 @@ impl Random {
 /// An instruction of MMX or SSE that computes or moves, and that this CPU should have.
 fn is_simd(code: Code) -> bool {
     use CpuidFeature as F;
-    let fence = matches!(
-        code.mnemonic(),
-        Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence
-    );
+    let fence = matches!(code.mnemonic(), Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence);
     code.encoding() == EncodingKind::Legacy
         && !fence
         && code.cpuid_features().iter().all(|feature| {
             matches!(
                 feature,
-                F::MMX
-                    | F::SSE
-                    | F::SSE2
-                    | F::SSE3
-                    | F::SSSE3
-                    | F::SSE4_1
-                    | F::SSE4_2
-                    | F::AES
-                    | F::PCLMULQDQ
-                    | F::SHA
+                F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA
             )
         })
 }
 
 /// Whether it is of the families tested here, the host has it, and it leaves the stack pointer and the pointers to the buffer alone.
 fn is_in_scope(insn: &Instruction) -> bool {
-    let ours = [
-        sse_int::lower,
-        sse_int::lower_crc32,
-        sse_mov::lower,
-        mmx::lower,
-        mmx::lower_mixed,
-    ];
+    let ours = [sse_int::lower, sse_int::lower_crc32, sse_mov::lower, mmx::lower, mmx::lower_mixed];
     let offered = insn.cpuid_features().iter().all(|feature| match feature {
         CpuidFeature::SSE3 => is_x86_feature_detected!("sse3"),
         CpuidFeature::SSSE3 => is_x86_feature_detected!("ssse3"),
@@ -235,12 +214,7 @@ fn is_in_scope(insn: &Instruction) -> bool {
     });
     let pointers = (0..insn.op_count())
         .filter(|&i| insn.op_kind(i) == OpKind::Register)
-        .any(|i| {
-            matches!(
-                insn.op_register(i).full_register(),
-                Register::RSP | Register::RDI | Register::R15
-            )
-        });
+        .any(|i| matches!(insn.op_register(i).full_register(), Register::RSP | Register::RDI | Register::R15));
     is_simd(insn.code()) && offered && !pointers && ours.iter().any(|lower| lower(insn).is_some())
 }
 
@@ -249,9 +223,7 @@ fn for_each_encoding(mut fields: impl FnMut() -> u64, mut act: impl FnMut(&Instr
     for prefix in [&[][..], &[0x66], &[0xf3], &[0xf2], &[0x66, 0xf2]] {
         for map in [&[0x0f][..], &[0x0f, 0x38], &[0x0f, 0x3a]] {
             // 38h and 3Ah lead to the other maps.
-            for opcode in
-                (0..=255u8).filter(|opcode| map.len() > 1 || !matches!(opcode, 0x38 | 0x3a))
-            {
+            for opcode in (0..=255u8).filter(|opcode| map.len() > 1 || !matches!(opcode, 0x38 | 0x3a)) {
                 for variant in 0..4 {
                     let (wide, memory) = (variant & 1, variant & 2 != 0);
                     let r = fields();
@@ -320,19 +292,8 @@ fn simd_instructions_do_what_the_host_does() {
     assert!(executed > 5_000, "only {executed} were compared");
 }
 
-fn compare(
-    machine: &mut Machine,
-    code: &mut Page,
-    random: &mut Random,
-    insn: &Instruction,
-    bytes: &[u8],
-) {
-    let mut frame = Frame {
-        gpr: std::array::from_fn(|_| random.next()),
-        flags: rflags::FIXED,
-        code: 0,
-        fx: [0; 512],
-    };
+fn compare(machine: &mut Machine, code: &mut Page, random: &mut Random, insn: &Instruction, bytes: &[u8]) {
+    let mut frame = Frame { gpr: std::array::from_fn(|_| random.next()), flags: rflags::FIXED, code: 0, fx: [0; 512] };
     frame.flags |= random.next() & rflags::ARITH;
     for length in [0, 2] {
         // The lengths of PCMPESTRx, near the size of a register.
@@ -369,33 +330,12 @@ fn compare(
     let before: CpuState = machine.cpu.state().clone();
     code.run(bytes, &mut frame);
     let after = machine.run();
-    let context = || {
-        format!(
-            "{:?} {bytes:02x?} from {before:x?}, memory {:x?}",
-            insn.code(),
-            buffer
-        )
-    };
+    let context = || format!("{:?} {bytes:02x?} from {before:x?}, memory {:x?}", insn.code(), buffer);
     for register in (0..16).filter(|r| !POINTERS.contains(r) && *r != 4) {
-        assert_eq!(
-            after.gpr[register],
-            frame.gpr[register],
-            "register {register}: {}",
-            context()
-        );
+        assert_eq!(after.gpr[register], frame.gpr[register], "register {register}: {}", context());
     }
-    assert_eq!(
-        after.rflags & rflags::ARITH,
-        frame.flags & rflags::ARITH,
-        "{}",
-        context()
-    );
-    assert_eq!(
-        visible(legacy_image(after, true)),
-        visible(frame.fx),
-        "{}",
-        context()
-    );
+    assert_eq!(after.rflags & rflags::ARITH, frame.flags & rflags::ARITH, "{}", context());
+    assert_eq!(visible(legacy_image(after, true)), visible(frame.fx), "{}", context());
     assert_eq!(machine.memory.read(BUFFER), host.0, "{}", context());
 }
 

@@ -15,11 +15,7 @@ fn fault(code: &[u8], prepare: impl FnOnce(&mut CpuState)) -> Exception {
     let before = machine.cpu.state().clone();
     let exception = exception(&mut machine, code);
     let after = machine.cpu.state();
-    assert_eq!(
-        (after.gpr, after.xmm, after.x87),
-        (before.gpr, before.xmm, before.x87),
-        "{code:02x?}"
-    );
+    assert_eq!((after.gpr, after.xmm, after.x87), (before.gpr, before.xmm, before.x87), "{code:02x?}");
     exception
 }
 
@@ -86,10 +82,7 @@ fn control_registers_disable_them() {
                 st.cr4 &= !cr4::OSFXSR;
             }
         });
-        assert_eq!(
-            exception, expected,
-            "{code:02x?} CR0 {cr0_bit:#x} OSFXSR {osfxsr}"
-        );
+        assert_eq!(exception, expected, "{code:02x?} CR0 {cr0_bit:#x} OSFXSR {osfxsr}");
     }
     // CRC32 is on general registers and needs none of it.
     let mut machine = Machine::new(Box::new(NoBus));
@@ -99,10 +92,7 @@ fn control_registers_disable_them() {
         st.gpr[0] = u64::MAX;
         st.gpr[1] = 0x3433_3231;
     });
-    assert_eq!(
-        machine.run().gpr[0],
-        u64::from(crate::simd::crc32(u32::MAX, b"1234"))
-    );
+    assert_eq!(machine.run().gpr[0], u64::from(crate::simd::crc32(u32::MAX, b"1234")));
 }
 
 #[test]
@@ -141,16 +131,7 @@ fn a_faulting_mmx_load_leaves_the_x87_stack_alone() {
         st.gpr[0] = 0x4000_0000;
         st.x87.fsw = 0x1800;
     });
-    assert!(
-        matches!(
-            exception,
-            Exception::Pf {
-                addr: 0x4000_0000,
-                ..
-            }
-        ),
-        "{exception:?}"
-    );
+    assert!(matches!(exception, Exception::Pf { addr: 0x4000_0000, .. }), "{exception:?}");
 }
 
 #[test]
@@ -170,28 +151,12 @@ fn masked_stores_touch_only_their_bytes() {
     let mut machine = store(0x80_0000_8000_0080);
     machine.run();
     let stored: [u8; 8] = machine.memory.read(RAM as u64 - 8);
-    assert_eq!(
-        stored,
-        [0xff, 0, 0, 0xff, 0, 0, 0xff, 0],
-        "only bytes in mapped memory were wanted"
-    );
+    assert_eq!(stored, [0xff, 0, 0, 0xff, 0, 0, 0xff, 0], "only bytes in mapped memory were wanted");
     let mut machine = store(u128::MAX);
     let exception = exception(&mut machine, CODE_BYTES);
-    assert!(
-        matches!(
-            exception,
-            Exception::Pf {
-                addr: 0x20_0000,
-                ..
-            }
-        ),
-        "{exception:?}"
-    );
+    assert!(matches!(exception, Exception::Pf { addr: 0x20_0000, .. }), "{exception:?}");
     let stored: [u8; 8] = machine.memory.read(RAM as u64 - 8);
-    assert_eq!(
-        stored, [0; 8],
-        "all bytes are checked before the first is stored"
-    );
+    assert_eq!(stored, [0; 8], "all bytes are checked before the first is stored");
     // An empty mask stores nothing, so it cannot fault either.
     let mut machine = store(0);
     machine.cpu.update(|st| st.gpr[7] = 0x4000_0000);

@@ -92,31 +92,19 @@ fn lanes<F: Lane>(mut f: impl FnMut(usize) -> F) -> u128 {
 /// The source operand of a scalar instruction.
 #[inline(always)]
 fn scalar_source<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec<F> {
-    if M {
-        F::load(cpu, op)
-    } else {
-        Ok(F::get(cpu.xmm(op.s), 0))
-    }
+    if M { F::load(cpu, op) } else { Ok(F::get(cpu.xmm(op.s), 0)) }
 }
 
 /// The source operand of a packed instruction.
 #[inline(always)]
 fn packed_source<const M: bool>(cpu: &mut Core, op: &Op) -> Exec<u128> {
-    if M {
-        cpu.load_aligned(op)
-    } else {
-        Ok(cpu.xmm(op.s))
-    }
+    if M { cpu.load_aligned(op) } else { Ok(cpu.xmm(op.s)) }
 }
 
 /// The low half of an XMM register, or eight bytes of memory that need no alignment.
 #[inline(always)]
 fn half_source<const M: bool>(cpu: &mut Core, op: &Op) -> Exec<u128> {
-    if M {
-        Ok(u128::from(cpu.load::<u64>(op)?))
-    } else {
-        Ok(cpu.xmm(op.s))
-    }
+    if M { Ok(u128::from(cpu.load::<u64>(op)?)) } else { Ok(cpu.xmm(op.s)) }
 }
 
 /// Merge the flags of an instruction into MXCSR; an unmasked one ends the instruction.
@@ -131,11 +119,7 @@ fn complete(cpu: &mut Core, env: &Env) -> Exec {
 fn complete_flags(cpu: &mut Core, env: &Env) -> Exec {
     let unmasked = env.unmasked();
     // An unmasked exception found before computing keeps every lane from being computed.
-    let raised = if unmasked & fp::PRE != 0 {
-        env.raised & fp::PRE
-    } else {
-        env.raised
-    };
+    let raised = if unmasked & fp::PRE != 0 { env.raised & fp::PRE } else { env.raised };
     cpu.st.mxcsr |= raised;
     if unmasked == 0 {
         return Ok(());
@@ -172,11 +156,7 @@ fn add_sub<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let mut env = Env::sse(cpu.st.mxcsr);
     let result = lanes(|i| {
         let (a, b) = (F::get(a, i), F::get(b, i));
-        if i & 1 == 0 {
-            host::apply::<Sub, F>(&mut env, a, b)
-        } else {
-            host::apply::<Add, F>(&mut env, a, b)
-        }
+        if i & 1 == 0 { host::apply::<Sub, F>(&mut env, a, b) } else { host::apply::<Add, F>(&mut env, a, b) }
     });
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, result);
@@ -214,9 +194,7 @@ fn dot<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     });
     complete(cpu, &env)?;
     let mut env = Env::sse(cpu.st.mxcsr);
-    let pair = |env: &mut Env, i: usize| {
-        host::apply::<Add, F>(env, F::get(products, i), F::get(products, i + 1))
-    };
+    let pair = |env: &mut Env, i: usize| host::apply::<Add, F>(env, F::get(products, i), F::get(products, i + 1));
     let mut sum = pair(&mut env, 0);
     if F::LANES == 4 {
         let upper = pair(&mut env, 2);
@@ -225,16 +203,7 @@ fn dot<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
         sum = host::apply::<Add, F>(&mut env, sum, upper);
     }
     complete(cpu, &env)?;
-    cpu.set_xmm(
-        op.d,
-        lanes(|i| {
-            if op.imm >> i & 1 == 1 {
-                sum
-            } else {
-                F::zero(false)
-            }
-        }),
-    );
+    cpu.set_xmm(op.d, lanes(|i| if op.imm >> i & 1 == 1 { sum } else { F::zero(false) }));
     Ok(())
 }
 
@@ -369,11 +338,7 @@ fn reciprocal_root(a: F32) -> F32 {
 /// RCPSS (`ROOT` false) and RSQRTSS.
 fn approximate_scalar<const ROOT: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let b = scalar_source::<F32, M>(cpu, op)?;
-    let result = if ROOT {
-        reciprocal_root(b)
-    } else {
-        reciprocal(b)
-    };
+    let result = if ROOT { reciprocal_root(b) } else { reciprocal(b) };
     cpu.set_xmm(op.d, result.put(cpu.xmm(op.d), 0));
     Ok(())
 }
@@ -381,16 +346,7 @@ fn approximate_scalar<const ROOT: bool, const M: bool>(cpu: &mut Core, op: &Op) 
 /// RCPPS (`ROOT` false) and RSQRTPS.
 fn approximate_packed<const ROOT: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let b = packed_source::<M>(cpu, op)?;
-    cpu.set_xmm(
-        op.d,
-        lanes(|i| {
-            if ROOT {
-                reciprocal_root(F32::get(b, i))
-            } else {
-                reciprocal(F32::get(b, i))
-            }
-        }),
-    );
+    cpu.set_xmm(op.d, lanes(|i| if ROOT { reciprocal_root(F32::get(b, i)) } else { reciprocal(F32::get(b, i)) }));
     Ok(())
 }
 
@@ -505,11 +461,7 @@ fn narrow_scalar<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 
 /// What an instruction with an MMX operand does first: report a pending x87 error.
 fn mmx_check(cpu: &mut Core) -> Exec {
-    if cpu.st.x87.fsw & super::x87::ES != 0 {
-        cpu.raise(Exception::Mf)
-    } else {
-        Ok(())
-    }
+    if cpu.st.x87.fsw & super::x87::ES != 0 { cpu.raise(Exception::Mf) } else { Ok(()) }
 }
 
 /// What it does to the x87: TOP becomes 0 and every register valid.
@@ -523,11 +475,7 @@ fn from_mmx<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     if !M {
         mmx_check(cpu)?;
     }
-    let b = u128::from(if M {
-        cpu.load::<u64>(op)?
-    } else {
-        cpu.mmx(op.s)
-    });
+    let b = u128::from(if M { cpu.load::<u64>(op)? } else { cpu.mmx(op.s) });
     let mut env = Env::sse(cpu.st.mxcsr);
     let low: F = lane_from_i32(&mut env, b, 0);
     let high: F = lane_from_i32(&mut env, b, 1);
@@ -542,11 +490,7 @@ fn from_mmx<F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 /// CVTPS2PI, CVTPD2PI and the truncating ones. The packed double operand must be aligned.
 fn to_mmx<F: Lane, const T: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     mmx_check(cpu)?;
-    let b = if F::LANES == 4 {
-        half_source::<M>(cpu, op)?
-    } else {
-        packed_source::<M>(cpu, op)?
-    };
+    let b = if F::LANES == 4 { half_source::<M>(cpu, op)? } else { packed_source::<M>(cpu, op)? };
     let mut env = Env::sse(cpu.st.mxcsr);
     let result = lane_to_i32::<F, T>(&mut env, b, 0) | lane_to_i32::<F, T>(&mut env, b, 1);
     mmx_enter(cpu);

@@ -60,14 +60,24 @@ macro_rules! xmm {
         [handler::<false> as Handler, handler::<true>]
     }};
     // Two operands.
-    ($f:ident) => { xmm!(|cpu, op, a, b| simd::$f(a, b)) };
+    ($f:ident) => {
+        xmm!(|cpu, op, a, b| simd::$f(a, b))
+    };
     // Two operands and an immediate.
-    ($f:ident, imm) => { xmm!(|cpu, op, a, b| simd::$f(a, b, op.imm as u8)) };
+    ($f:ident, imm) => {
+        xmm!(|cpu, op, a, b| simd::$f(a, b, op.imm as u8))
+    };
     // The destination is only written.
-    ($f:ident, from source) => { xmm!(|cpu, op, _a, b| simd::$f(b)) };
-    ($f:ident, from source, imm) => { xmm!(|cpu, op, _a, b| simd::$f(b, op.imm as u8)) };
+    ($f:ident, from source) => {
+        xmm!(|cpu, op, _a, b| simd::$f(b))
+    };
+    ($f:ident, from source, imm) => {
+        xmm!(|cpu, op, _a, b| simd::$f(b, op.imm as u8))
+    };
     // XMM0 is the third operand.
-    ($f:ident, xmm0) => { xmm!(|cpu, op, a, b| simd::$f(a, b, cpu.xmm(0))) };
+    ($f:ident, xmm0) => {
+        xmm!(|cpu, op, a, b| simd::$f(a, b, cpu.xmm(0)))
+    };
     // The memory operand is narrow, and of any alignment.
     ($f:ident, narrow $width:ty) => {{
         fn handler<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
@@ -81,7 +91,9 @@ macro_rules! xmm {
 
 /// A shift by the low half of the source operand.
 macro_rules! shift_by_operand {
-    ($f:ident) => { xmm!(|cpu, op, a, b| simd::$f(a, b as u64)) };
+    ($f:ident) => {
+        xmm!(|cpu, op, a, b| simd::$f(a, b as u64))
+    };
 }
 
 /// A shift in place by an immediate.
@@ -230,12 +242,7 @@ fn finish_string<const MASK: bool>(cpu: &mut Core, result: StringCompare) -> Exe
     } else {
         cpu.set_reg::<u32>(1, result.index.into());
     }
-    let bits = [
-        (result.cf, rflags::CF),
-        (result.zf, rflags::ZF),
-        (result.sf, rflags::SF),
-        (result.of, rflags::OF),
-    ];
+    let bits = [(result.cf, rflags::CF), (result.zf, rflags::ZF), (result.sf, rflags::SF), (result.of, rflags::OF)];
     let bits = bits.into_iter().fold(0, |bits, (on, flag)| if on { bits | flag } else { bits });
     cpu.fl = Flags::from_bits(bits);
     Ok(())

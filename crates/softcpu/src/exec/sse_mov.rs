@@ -22,7 +22,9 @@ fn source<const M: bool>(cpu: &mut Core, op: &Op) -> Exec<u128> {
 /// The register and the memory form of an instruction that reads XMM or memory and writes XMM: `b` is the source (of
 /// `$width` bytes' type in memory, of any alignment; or 16 aligned bytes), `a` the destination's old value.
 macro_rules! to_xmm {
-    (aligned, |$op:ident, $a:ident, $b:ident| $result:expr) => { to_xmm!(aligned, |cpu, $op, $a, $b| $result) };
+    (aligned, |$op:ident, $a:ident, $b:ident| $result:expr) => {
+        to_xmm!(aligned, |cpu, $op, $a, $b| $result)
+    };
     (aligned, |$cpu:ident, $op:ident, $a:ident, $b:ident| $result:expr) => {{
         fn handler<const M: bool>($cpu: &mut Core, $op: &Op) -> Exec {
             let $b = source::<M>($cpu, $op)?;
@@ -121,14 +123,12 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
 
 fn moves(code: Code) -> Option<[Handler; 2]> {
     Some(match code {
-        Code::Movaps_xmm_xmmm128
-        | Code::Movapd_xmm_xmmm128
-        | Code::Movdqa_xmm_xmmm128
-        | Code::Movntdqa_xmm_m128 => to_xmm!(aligned, |op, _a, b| b),
-        Code::Movups_xmm_xmmm128
-        | Code::Movupd_xmm_xmmm128
-        | Code::Movdqu_xmm_xmmm128
-        | Code::Lddqu_xmm_m128 => to_xmm!(u128, |op, _a, b| b),
+        Code::Movaps_xmm_xmmm128 | Code::Movapd_xmm_xmmm128 | Code::Movdqa_xmm_xmmm128 | Code::Movntdqa_xmm_m128 => {
+            to_xmm!(aligned, |op, _a, b| b)
+        }
+        Code::Movups_xmm_xmmm128 | Code::Movupd_xmm_xmmm128 | Code::Movdqu_xmm_xmmm128 | Code::Lddqu_xmm_m128 => {
+            to_xmm!(u128, |op, _a, b| b)
+        }
         Code::Movaps_xmmm128_xmm
         | Code::Movapd_xmmm128_xmm
         | Code::Movdqa_xmmm128_xmm
@@ -147,7 +147,7 @@ fn moves(code: Code) -> Option<[Handler; 2]> {
         Code::Movlps_xmm_m64 | Code::Movlpd_xmm_m64 => to_xmm!(u64, |op, a, b| a & !LOW64 | b),
         Code::Movhps_xmm_m64 | Code::Movhpd_xmm_m64 => to_xmm!(u64, |op, a, b| a & LOW64 | b << 64),
         Code::Movlps_m64_xmm | Code::Movlpd_m64_xmm => from_xmm!(|_a, b| b, store b as u64),
-        Code::Movhps_m64_xmm | Code::Movhpd_m64_xmm => from_xmm!(|_a, b| b, store (b >> 64) as u64),
+        Code::Movhps_m64_xmm | Code::Movhpd_m64_xmm => from_xmm!(|_a, b| b, store(b >> 64) as u64),
         Code::Movhlps_xmm_xmm => to_xmm!(aligned, |op, a, b| a & !LOW64 | b >> 64),
         Code::Movlhps_xmm_xmm => to_xmm!(aligned, |op, a, b| a & LOW64 | b << 64),
         Code::Movddup_xmm_xmmm64 => to_xmm!(u64, |op, _a, b| b & LOW64 | b << 64),

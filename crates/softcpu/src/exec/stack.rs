@@ -11,11 +11,7 @@ impl Core {
     /// The linear address of stack offset `sp` for `len` bytes.
     #[inline(always)]
     fn stack_address(&mut self, sp: u64, len: u64, write: bool) -> Exec<u64> {
-        if self.code64() {
-            Ok(sp)
-        } else {
-            self.segment_address(seg::SS, sp, len, write)
-        }
+        if self.code64() { Ok(sp) } else { self.segment_address(seg::SS, sp, len, write) }
     }
 
     /// Cuts a stack pointer to the size of the stack.
@@ -93,11 +89,7 @@ pub(super) fn push_general<T: Word>(cpu: &mut Core, value: u64) -> Exec {
 
 fn push_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.d);
-    if push_hit::<T>(cpu, value) {
-        Ok(())
-    } else {
-        push_general::<T>(cpu, value)
-    }
+    if push_hit::<T>(cpu, value) { Ok(()) } else { push_general::<T>(cpu, value) }
 }
 
 fn push_imm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
@@ -124,12 +116,12 @@ fn push_seg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 
 fn pop_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let sp = cpu.st.gpr[4];
-    if cpu.code64()
-        && let Some(value) = cpu.hit_read::<T>(sp)
-    {
-        cpu.st.gpr[4] = sp.wrapping_add(T::BYTES);
-        cpu.set_reg::<T>(op.d, value);
-        return Ok(());
+    if cpu.code64() {
+        if let Some(value) = cpu.hit_read::<T>(sp) {
+            cpu.st.gpr[4] = sp.wrapping_add(T::BYTES);
+            cpu.set_reg::<T>(op.d, value);
+            return Ok(());
+        }
     }
     pop_general::<T>(cpu, op)
 }
@@ -274,9 +266,8 @@ fn operand(insn: &Instruction) -> usize {
 pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
     let size = operand(insn);
     let memory = has_memory(insn);
-    let segment = insn.op_count() == 1
-        && insn.op0_kind() == OpKind::Register
-        && insn.op0_register().is_segment_register();
+    let segment =
+        insn.op_count() == 1 && insn.op0_kind() == OpKind::Register && insn.op0_register().is_segment_register();
     Some(match insn.mnemonic() {
         Mnemonic::Push if segment => by_size!(size, push_seg::<[T]>),
         Mnemonic::Push if memory => by_size!(size, push_mem::<[T]>),

@@ -45,24 +45,13 @@ fn address_mask(op: &Op) -> u64 {
 #[inline(always)]
 fn set_address(cpu: &mut Core, reg: usize, mask: u64, value: u64) {
     let slot = &mut cpu.st.gpr[reg];
-    *slot = if mask == 0xffff {
-        *slot & !0xffff | value & 0xffff
-    } else {
-        value & mask
-    };
+    *slot = if mask == 0xffff { *slot & !0xffff | value & 0xffff } else { value & mask };
 }
 
 /// The same operand with ES, which cannot be overridden, as its segment.
 fn destination(op: &Op) -> Op {
-    let segment = if op.am & AM_LONG != 0 {
-        6
-    } else {
-        seg::ES as u8
-    };
-    Op {
-        am: if op.am == 0 { 0 } else { op.am & !7 | segment },
-        ..*op
-    }
+    let segment = if op.am & AM_LONG != 0 { 6 } else { seg::ES as u8 };
+    Op { am: if op.am == 0 { 0 } else { op.am & !7 | segment }, ..*op }
 }
 
 /// How many bytes the piece at `offset` can have: to the end of its page and of the address space.
@@ -134,11 +123,7 @@ fn piece<T: Word, const K: u8>(cpu: &mut Core, op: &Op, dst: &Op, mask: u64) -> 
 /// One element: accesses first, then registers.
 #[inline(always)]
 fn element<T: Word, const K: u8>(cpu: &mut Core, op: &Op, dst: &Op, mask: u64) -> Exec {
-    let step = if cpu.st.rflags & rflags::DF != 0 {
-        T::BYTES.wrapping_neg()
-    } else {
-        T::BYTES
-    };
+    let step = if cpu.st.rflags & rflags::DF != 0 { T::BYTES.wrapping_neg() } else { T::BYTES };
     let from = cpu.st.gpr[RSI] & mask;
     let to = cpu.st.gpr[RDI] & mask;
     match K {
@@ -167,12 +152,7 @@ fn element<T: Word, const K: u8>(cpu: &mut Core, op: &Op, dst: &Op, mask: u64) -
             };
             let lin = cpu.segmented(dst, to, T::BYTES, false)?;
             let b = cpu.read_word::<T>(lin)?;
-            cpu.fl = Flags {
-                kind: kind::SUB | T::LOG,
-                aux: 0,
-                a,
-                r: T::cut(a.wrapping_sub(b)),
-            };
+            cpu.fl = Flags { kind: kind::SUB | T::LOG, aux: 0, a, r: T::cut(a.wrapping_sub(b)) };
         }
         _ => {
             cpu.need_alone()?;
@@ -211,8 +191,7 @@ fn string<T: Word, const K: u8, const REP: u8>(cpu: &mut Core, op: &Op) -> Exec 
     if REP == ONCE {
         return element::<T, K>(cpu, op, &dst, mask);
     }
-    let one_by_one =
-        cpu.alone && (cpu.st.rflags & rflags::TF != 0 || cpu.debug.single_step || cpu.watching);
+    let one_by_one = cpu.alone && (cpu.st.rflags & rflags::TF != 0 || cpu.debug.single_step || cpu.watching);
     for _ in 0..TURNS {
         if cpu.st.gpr[RCX] & mask == 0 {
             return Ok(());
@@ -246,11 +225,7 @@ fn string<T: Word, const K: u8, const REP: u8>(cpu: &mut Core, op: &Op) -> Exec 
 /// IN and OUT.
 fn port<T: Word, const WRITE: bool, const IMM: bool>(cpu: &mut Core, op: &Op) -> Exec {
     cpu.need_alone()?;
-    let port = if IMM {
-        op.imm as u8 as u16
-    } else {
-        cpu.st.gpr[2] as u16
-    };
+    let port = if IMM { op.imm as u8 as u16 } else { cpu.st.gpr[2] as u16 };
     cpu.check_port(port, T::BYTES)?;
     let mut data = (cpu.st.gpr[0] as u32).to_le_bytes();
     let data = &mut data[..T::BYTES as usize];
@@ -307,8 +282,7 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
             M::Out => insn.op1_register().size(),
             _ => return None,
         };
-        let immediate =
-            super::form::is_immediate(insn.op_kind(u32::from(insn.mnemonic() == M::In)));
+        let immediate = super::form::is_immediate(insn.op_kind(u32::from(insn.mnemonic() == M::In)));
         return Some(match (insn.mnemonic() == M::Out, immediate) {
             (false, false) => by_size!(size, port::<[T], false, false>),
             (false, true) => by_size!(size, port::<[T], false, true>),

@@ -17,20 +17,12 @@ impl Core {
     /// #GP(0) above CPL 0.
     #[inline]
     fn privileged(&mut self) -> Exec {
-        if self.cpl() == 0 {
-            Ok(())
-        } else {
-            self.raise(Exception::Gp(0))
-        }
+        if self.cpl() == 0 { Ok(()) } else { self.raise(Exception::Gp(0)) }
     }
 
     /// #GP(0) for the instructions that CR4.UMIP keeps from programs.
     fn umip(&mut self) -> Exec {
-        if self.st.cr4 & cr4::UMIP != 0 && self.cpl() > 0 {
-            self.raise(Exception::Gp(0))
-        } else {
-            Ok(())
-        }
+        if self.st.cr4 & cr4::UMIP != 0 && self.cpl() > 0 { self.raise(Exception::Gp(0)) } else { Ok(()) }
     }
 
     /// Loads the four entries of PAE paging from the table at `cr3`; `None` if one has reserved bits.
@@ -38,9 +30,7 @@ impl Core {
         let mut entries = [0; 4];
         let reserved = 0x1e6 | !((1u64 << crate::mmu::PHYS_BITS) - 1);
         for (i, entry) in entries.iter_mut().enumerate() {
-            *entry = self
-                .read_physical((cr3 & 0xffff_ffe0) + 8 * i as u64)
-                .unwrap_or(0);
+            *entry = self.read_physical((cr3 & 0xffff_ffe0) + 8 * i as u64).unwrap_or(0);
             if *entry & 1 != 0 && *entry & reserved != 0 {
                 return None;
             }
@@ -105,15 +95,8 @@ impl Core {
     }
 
     fn write_cr4(&mut self, value: u64) -> Exec {
-        let mut exist = cr4::TSD
-            | cr4::DE
-            | cr4::PSE
-            | cr4::PAE
-            | cr4::MCE
-            | cr4::PGE
-            | cr4::PCE
-            | cr4::OSFXSR
-            | cr4::OSXMMEXCPT;
+        let mut exist =
+            cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
         for (feature, bit) in [
             (Feature::Umip, cr4::UMIP),
             (Feature::Fsgsbase, cr4::FSGSBASE),
@@ -158,22 +141,14 @@ fn read_cr(cpu: &mut Core, op: &Op) -> Exec {
         }
         _ => return cpu.raise(Exception::Ud),
     };
-    let value = if cpu.code64() {
-        value
-    } else {
-        value & 0xffff_ffff
-    };
+    let value = if cpu.code64() { value } else { value & 0xffff_ffff };
     cpu.set_reg::<u64>(op.d, value);
     Ok(())
 }
 
 fn write_cr(cpu: &mut Core, op: &Op) -> Exec {
     cpu.privileged()?;
-    let value = if cpu.code64() {
-        cpu.reg::<u64>(op.s)
-    } else {
-        cpu.reg::<u32>(op.s)
-    };
+    let value = if cpu.code64() { cpu.reg::<u64>(op.s) } else { cpu.reg::<u32>(op.s) };
     match op.d {
         0 => cpu.write_cr0(value)?,
         2 => cpu.st.cr2 = value,
@@ -200,11 +175,7 @@ fn debug_register(cpu: &mut Core, number: u8) -> Exec<u8> {
     if cpu.st.dr7 & 1 << 13 != 0 {
         return cpu.raise(Exception::Db(1 << 13));
     }
-    Ok(if matches!(number, 4 | 5) {
-        number + 2
-    } else {
-        number
-    })
+    Ok(if matches!(number, 4 | 5) { number + 2 } else { number })
 }
 
 fn read_dr(cpu: &mut Core, op: &Op) -> Exec {
@@ -213,22 +184,14 @@ fn read_dr(cpu: &mut Core, op: &Op) -> Exec {
         7 => cpu.st.dr7,
         n => cpu.st.dr[usize::from(n & 3)],
     };
-    let value = if cpu.code64() {
-        value
-    } else {
-        value & 0xffff_ffff
-    };
+    let value = if cpu.code64() { value } else { value & 0xffff_ffff };
     cpu.set_reg::<u64>(op.d, value);
     Ok(())
 }
 
 fn write_dr(cpu: &mut Core, op: &Op) -> Exec {
     let number = debug_register(cpu, op.d)?;
-    let value = if cpu.code64() {
-        cpu.reg::<u64>(op.s)
-    } else {
-        cpu.reg::<u32>(op.s)
-    };
+    let value = if cpu.code64() { cpu.reg::<u64>(op.s) } else { cpu.reg::<u32>(op.s) };
     if number >= 6 && value >> 32 != 0 {
         return cpu.raise(Exception::Gp(0));
     }
@@ -250,11 +213,7 @@ fn clts(cpu: &mut Core, _: &Op) -> Exec {
 
 fn lmsw<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     cpu.privileged()?;
-    let value = if M {
-        u64::from(cpu.load::<u16>(op)?)
-    } else {
-        cpu.reg::<u16>(op.d)
-    };
+    let value = if M { u64::from(cpu.load::<u16>(op)?) } else { cpu.reg::<u16>(op.d) };
     // PE can be set but not cleared.
     let low = value & 0xf | cpu.st.cr0 & cr0::PE;
     cpu.write_cr0(cpu.st.cr0 & !0xf | low)?;
@@ -322,10 +281,7 @@ fn load_table<const IDT: bool, const WIDE: bool>(cpu: &mut Core, op: &Op) -> Exe
     if !canonical(base) {
         return cpu.raise(Exception::Gp(0));
     }
-    let table = Table {
-        base,
-        limit: u16::from_le_bytes([l0, l1]),
-    };
+    let table = Table { base, limit: u16::from_le_bytes([l0, l1]) };
     if IDT {
         cpu.st.idtr = table;
     } else {
@@ -337,11 +293,7 @@ fn load_table<const IDT: bool, const WIDE: bool>(cpu: &mut Core, op: &Op) -> Exe
 fn invlpg(cpu: &mut Core, op: &Op) -> Exec {
     cpu.privileged()?;
     let offset = cpu.effective(op);
-    let base = if op.am & AM_SEG != 0 {
-        cpu.st.segs[usize::from(op.am & 7)].base
-    } else {
-        0
-    };
+    let base = if op.am & AM_SEG != 0 { cpu.st.segs[usize::from(op.am & 7)].base } else { 0 };
     let lin = cpu.wrap(base.wrapping_add(offset));
     cpu.flush_page(lin);
     Err(Leave::Next)
@@ -419,12 +371,7 @@ fn cpuid(cpu: &mut Core, _: &Op) -> Exec {
             entry.edx &= !crate::cpuid::APIC_BIT;
         }
     }
-    for (reg, value) in [
-        (0, entry.eax),
-        (3, entry.ebx),
-        (1, entry.ecx),
-        (2, entry.edx),
-    ] {
+    for (reg, value) in [(0, entry.eax), (3, entry.ebx), (1, entry.ecx), (2, entry.edx)] {
         cpu.set_reg::<u32>(reg, u64::from(value));
     }
     Ok(())
@@ -433,24 +380,12 @@ fn cpuid(cpu: &mut Core, _: &Op) -> Exec {
 /// A flat code segment at `cpl`, 64 or 32 bits wide.
 fn flat_code(selector: u16, cpl: u8, long: bool) -> Segment {
     let width = if long { 1 << 13 } else { 1 << 14 };
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        access: 0x809b | width | u16::from(cpl) << 5,
-        unusable: false,
-    }
+    Segment { selector, base: 0, limit: u32::MAX, access: 0x809b | width | u16::from(cpl) << 5, unusable: false }
 }
 
 /// A flat stack segment at `cpl`.
 fn flat_stack(selector: u16, cpl: u8) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        access: 0xc093 | u16::from(cpl) << 5,
-        unusable: false,
-    }
+    Segment { selector, base: 0, limit: u32::MAX, access: 0xc093 | u16::from(cpl) << 5, unusable: false }
 }
 
 /// The end of the fast calls and returns: code and stack segment, privilege, RIP.
@@ -522,14 +457,7 @@ fn sysexit<const LONG: bool>(cpu: &mut Core, _: &Op) -> Exec {
     let cut = if LONG { u64::MAX } else { 0xffff_ffff };
     cpu.st.gpr[4] = sp & cut;
     let offset = if LONG { 32 } else { 16 };
-    enter(
-        cpu,
-        base.wrapping_add(offset) | 3,
-        base.wrapping_add(offset + 8) | 3,
-        3,
-        LONG,
-        rip & cut,
-    )
+    enter(cpu, base.wrapping_add(offset) | 3, base.wrapping_add(offset + 8) | 3, 3, LONG, rip & cut)
 }
 
 fn swapgs(cpu: &mut Core, _: &Op) -> Exec {
@@ -578,43 +506,23 @@ fn flush_line(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn pick_fsgs<const SEG: usize, const WRITE: bool>(insn: &Instruction) -> Handler {
-    if insn.op0_register().size() == 8 {
-        fsgsbase::<u64, SEG, WRITE>
-    } else {
-        fsgsbase::<u32, SEG, WRITE>
-    }
+    if insn.op0_register().size() == 8 { fsgsbase::<u64, SEG, WRITE> } else { fsgsbase::<u32, SEG, WRITE> }
 }
 
 /// See the module documentation of `exec`.
 pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
     let memory = has_memory(insn);
-    let size = if memory || insn.op_count() == 0 {
-        2
-    } else {
-        insn.op0_register().size()
-    };
+    let size = if memory || insn.op_count() == 0 { 2 } else { insn.op0_register().size() };
     macro_rules! stored {
         ($h:ident) => {
-            if memory {
-                $h::<u16, true>
-            } else {
-                by_size!(size, $h::<[T], false>)
-            }
+            if memory { $h::<u16, true> } else { by_size!(size, $h::<[T], false>) }
         };
     }
     Some(match insn.mnemonic() {
-        Mnemonic::Mov if insn.op1_kind() == OpKind::Register && insn.op1_register().is_cr() => {
-            read_cr
-        }
-        Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op0_register().is_cr() => {
-            write_cr
-        }
-        Mnemonic::Mov if insn.op1_kind() == OpKind::Register && insn.op1_register().is_dr() => {
-            read_dr
-        }
-        Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op0_register().is_dr() => {
-            write_dr
-        }
+        Mnemonic::Mov if insn.op1_kind() == OpKind::Register && insn.op1_register().is_cr() => read_cr,
+        Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op0_register().is_cr() => write_cr,
+        Mnemonic::Mov if insn.op1_kind() == OpKind::Register && insn.op1_register().is_dr() => read_dr,
+        Mnemonic::Mov if insn.op0_kind() == OpKind::Register && insn.op0_register().is_dr() => write_dr,
         Mnemonic::Clts => clts,
         Mnemonic::Lmsw if memory => lmsw::<true>,
         Mnemonic::Lmsw => lmsw::<false>,

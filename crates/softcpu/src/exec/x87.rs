@@ -19,9 +19,7 @@ use crate::fp::arith;
 use crate::fp::compare::compare;
 use crate::fp::format::Unpacked;
 use crate::fp::x87::Quotient;
-use crate::fp::{
-    self, ALL, Env, F32, F64, F80, Float, IE, OE, PE, PRE, Round, UE, bcd, convert, trans,
-};
+use crate::fp::{self, ALL, Env, F32, F64, F80, Float, IE, OE, PE, PRE, Round, UE, bcd, convert, trans};
 use crate::mmu::Place;
 use crate::state::{X87, seg};
 
@@ -45,10 +43,7 @@ impl X87 {
     /// ST(i), empty or not.
     pub(super) fn st(&self, i: usize) -> F80 {
         let r = self.physical(i);
-        F80 {
-            sign_exp: self.sign_exp[r],
-            sig: self.sig[r],
-        }
+        F80 { sign_exp: self.sign_exp[r], sig: self.sig[r] }
     }
 
     /// Sets ST(i), which is not empty then.
@@ -105,10 +100,7 @@ impl X87 {
 
     /// Whether any of the registers is empty, which is a stack underflow: `Some` says whether that is masked.
     fn underflow(&mut self, registers: &[usize]) -> Option<bool> {
-        registers
-            .iter()
-            .any(|&i| self.is_empty(i))
-            .then(|| self.stack_fault(false))
+        registers.iter().any(|&i| self.is_empty(i)).then(|| self.stack_fault(false))
     }
 
     /// Takes over flags and C1. Answers whether the instruction takes effect: it does not when one of `blockers` was
@@ -140,11 +132,7 @@ impl X87 {
 /// What every waiting instruction does first: report a pending error.
 #[inline]
 pub(super) fn begin(cpu: &mut Core) -> Exec {
-    if cpu.st.x87.fsw & ES != 0 {
-        cpu.raise(Exception::Mf)
-    } else {
-        Ok(())
-    }
+    if cpu.st.x87.fsw & ES != 0 { cpu.raise(Exception::Mf) } else { Ok(()) }
 }
 
 /// What every non-control instruction does last: note where it is, and its operand when it has one in memory.
@@ -175,19 +163,14 @@ fn finish(cpu: &mut Core, op: &Op, memory: bool) {
 /// 8.1.9.1; that is what processors do unless told to be compatible with older ones).
 #[cold]
 fn note_opcode(cpu: &mut Core, op: &Op) {
-    let base = if cpu.code64() {
-        0
-    } else {
-        cpu.st.segs[seg::CS].base
-    };
+    let base = if cpu.code64() { 0 } else { cpu.st.segs[seg::CS].base };
     let start = cpu.wrap(cpu.rip_of(op).wrapping_add(base));
     let mut bytes = [0; 15];
     let length = usize::from(op.len).clamp(2, bytes.len());
     // The bytes were fetched to be decoded. This look at them must not be noticed: not by data breakpoints, not by a
     // device, and a page that is gone by now is not a fault.
     let kept = cpu.trap;
-    let plain =
-        |cpu: &mut Core, lin| matches!(cpu.place(cpu.set, lin, 1, false), Ok(Place::Host(_)));
+    let plain = |cpu: &mut Core, lin| matches!(cpu.place(cpu.set, lin, 1, false), Ok(Place::Host(_)));
     let read = !cpu.watching
         && plain(cpu, start)
         && plain(cpu, cpu.wrap(start.wrapping_add(length as u64 - 1)))
@@ -196,10 +179,7 @@ fn note_opcode(cpu: &mut Core, op: &Op) {
     if !read {
         return;
     }
-    if let Some(at) = bytes[..length - 1]
-        .iter()
-        .position(|b| (0xd8..=0xdf).contains(b))
-    {
+    if let Some(at) = bytes[..length - 1].iter().position(|b| (0xd8..=0xdf).contains(b)) {
         cpu.st.x87.fop = u16::from(bytes[at] & 7) << 8 | u16::from(bytes[at + 1]);
     }
 }
@@ -365,11 +345,7 @@ fn fabs(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 /// An instruction that combines ST(0) and ST(1): into ST(0), or (`P`) into ST(1), popping ST(0).
-fn two_operands<const P: bool>(
-    cpu: &mut Core,
-    op: &Op,
-    f: impl FnOnce(&mut Env, F80, F80) -> F80,
-) -> Exec {
+fn two_operands<const P: bool>(cpu: &mut Core, op: &Op, f: impl FnOnce(&mut Env, F80, F80) -> F80) -> Exec {
     on_stack(cpu, op, |x| {
         let result = match x.underflow(&[0, 1]) {
             Some(masked) => masked.then_some(F80::INDEFINITE),
@@ -462,12 +438,7 @@ fn fcos(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 /// FSINCOS, FPTAN, FXTRACT: one operand becomes two results, the second of which is pushed.
-fn one_to_two(
-    cpu: &mut Core,
-    op: &Op,
-    ranged: bool,
-    f: fn(&mut Env, F80) -> Option<(F80, F80)>,
-) -> Exec {
+fn one_to_two(cpu: &mut Core, op: &Op, ranged: bool, f: fn(&mut Env, F80) -> Option<(F80, F80)>) -> Exec {
     on_stack(cpu, op, |x| {
         if ranged {
             x.set_codes(C2, 0);
@@ -523,14 +494,7 @@ fn fld_memory<S: Source, F: Float>(cpu: &mut Core, op: &Op) -> Exec {
 fn fild<S: Source>(cpu: &mut Core, op: &Op) -> Exec {
     begin(cpu)?;
     let u = S::load(cpu, op)?;
-    push_exact(
-        cpu,
-        F80::from_parts(
-            u.sign,
-            if u.is_zero() { 0 } else { u.exp + F80::EMAX },
-            u.sig,
-        ),
-    );
+    push_exact(cpu, F80::from_parts(u.sign, if u.is_zero() { 0 } else { u.exp + F80::EMAX }, u.sig));
     finish(cpu, op, true);
     Ok(())
 }
@@ -541,14 +505,7 @@ fn fld_ten_bytes<const DECIMAL: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let mut bytes = [0; 10];
     let address = cpu.linear(op, bytes.len() as u64, false)?;
     cpu.read_bytes(cpu.set, address, &mut bytes)?;
-    push_exact(
-        cpu,
-        if DECIMAL {
-            bcd::load(bytes)
-        } else {
-            F80::from_bytes(bytes)
-        },
-    );
+    push_exact(cpu, if DECIMAL { bcd::load(bytes) } else { F80::from_bytes(bytes) });
     finish(cpu, op, true);
     Ok(())
 }
@@ -598,13 +555,7 @@ fn constant<const N: usize>(cpu: &mut Core, op: &Op) -> Exec {
             Round::Up => true,
             Round::Down | Round::Zero => false,
         };
-    push_exact(
-        cpu,
-        F80 {
-            sign_exp,
-            sig: sig + u64::from(up),
-        },
-    );
+    push_exact(cpu, F80 { sign_exp, sig: sig + u64::from(up) });
     finish(cpu, op, false);
     Ok(())
 }
@@ -619,10 +570,7 @@ struct Stored {
 
 impl Stored {
     fn new(bytes: &[u8]) -> Self {
-        let mut stored = Stored {
-            bytes: [0; 10],
-            len: bytes.len(),
-        };
+        let mut stored = Stored { bytes: [0; 10], len: bytes.len() };
         stored.bytes[..bytes.len()].copy_from_slice(bytes);
         stored
     }
@@ -794,13 +742,7 @@ fn compare_with(
 }
 
 /// [`compare_with`] that answers in C3, C2 and C0, then pops.
-fn compare_codes(
-    x: &mut X87,
-    fault: Option<bool>,
-    src: impl FnOnce(&X87) -> Unpacked,
-    signaling: bool,
-    pops: u32,
-) {
+fn compare_codes(x: &mut X87, fault: Option<bool>, src: impl FnOnce(&X87) -> Unpacked, signaling: bool, pops: u32) {
     let (order, done) = compare_with(x, fault, src, signaling);
     x.set_codes(C1 | C0 | C2 | C3, codes(order));
     for _ in 0..if done { pops } else { 0 } {
@@ -862,17 +804,10 @@ fn fcomi<const SIGNALING: bool, const P: bool>(cpu: &mut Core, op: &Op) -> Exec 
 fn fxam(cpu: &mut Core, op: &Op) -> Exec {
     on_stack(cpu, op, |x| {
         let a = x.st(0);
-        let class = if x.is_empty(0) {
-            0b101
-        } else {
-            fp::x87::examine(a)
-        };
+        let class = if x.is_empty(0) { 0b101 } else { fp::x87::examine(a) };
         let code = |bit: u8, code: u16| if class >> bit & 1 == 1 { code } else { 0 };
         let sign = if a.sign_exp >> 15 == 1 { C1 } else { 0 };
-        x.set_codes(
-            C0 | C1 | C2 | C3,
-            code(2, C3) | code(1, C2) | code(0, C0) | sign,
-        );
+        x.set_codes(C0 | C1 | C2 | C3, code(2, C3) | code(1, C2) | code(0, C0) | sign);
     })
 }
 

@@ -25,20 +25,13 @@ impl X87 {
 
     /// What FNINIT does: everything but the registers' contents.
     fn init(&mut self) {
-        *self = X87 {
-            sig: self.sig,
-            sign_exp: self.sign_exp,
-            ..X87::default()
-        };
+        *self = X87 { sig: self.sig, sign_exp: self.sign_exp, ..X87::default() };
     }
 
     /// The full tag word: 0 valid, 1 zero, 2 special, 3 empty for each physical register.
     fn tag_word(&self) -> u16 {
         (0..8).fold(0, |tags, r| {
-            let value = F80 {
-                sign_exp: self.sign_exp[r],
-                sig: self.sig[r],
-            };
+            let value = F80 { sign_exp: self.sign_exp[r], sig: self.sig[r] };
             let tag = if self.valid >> r & 1 == 0 {
                 3
             } else {
@@ -54,9 +47,7 @@ impl X87 {
 
     /// Only emptiness is taken from a tag word; the rest is recomputed when it is stored.
     fn load_tag_word(&mut self, tags: u16) {
-        self.valid = (0..8).fold(0, |valid, r| {
-            valid | u8::from(tags >> (2 * r) & 3 != 3) << r
-        });
+        self.valid = (0..8).fold(0, |valid, r| valid | u8::from(tags >> (2 * r) & 3 != 3) << r);
     }
 }
 
@@ -69,11 +60,7 @@ enum Layout {
 }
 
 fn layout(cpu: &Core) -> Layout {
-    if cpu.protected() {
-        Layout::Protected
-    } else {
-        Layout::Real
-    }
+    if cpu.protected() { Layout::Protected } else { Layout::Real }
 }
 
 /// The seven fields in order: control, status, tags, then four that hold pointers and opcode.
@@ -87,35 +74,23 @@ fn fields(x: &X87, layout: Layout, wide: bool) -> [u32; 7] {
             let ip = (x.fip as u32).wrapping_add(fcs << 4);
             let dp = (x.fdp as u32).wrapping_add(fds << 4);
             if wide {
-                [
-                    ip & 0xffff,
-                    fop | ip >> 16 << 12,
-                    dp & 0xffff,
-                    dp >> 16 << 12,
-                ]
+                [ip & 0xffff, fop | ip >> 16 << 12, dp & 0xffff, dp >> 16 << 12]
             } else {
                 [ip, fop | ip >> 4 & 0xf000, dp, dp >> 4 & 0xf000]
             }
         }
     };
-    [
-        head[0], head[1], head[2], tail[0], tail[1], tail[2], tail[3],
-    ]
+    [head[0], head[1], head[2], tail[0], tail[1], tail[2], tail[3]]
 }
 
 /// The environment as bytes: 14, or 28 when `wide`.
 fn environment(x: &X87, layout: Layout, wide: bool) -> ([u8; 28], usize) {
     let mut bytes = [0; 28];
     let size = if wide { 4 } else { 2 };
-    for (i, (field, slot)) in fields(x, layout, wide)
-        .into_iter()
-        .zip(bytes.chunks_exact_mut(size))
-        .enumerate()
-    {
+    for (i, (field, slot)) in fields(x, layout, wide).into_iter().zip(bytes.chunks_exact_mut(size)).enumerate() {
         // The upper halves of 16-bit fields are stored as ones.
-        let sixteen = i < 3
-            || i == 6 && matches!(layout, Layout::Protected)
-            || matches!(layout, Layout::Real) && i & 1 == 1;
+        let sixteen =
+            i < 3 || i == 6 && matches!(layout, Layout::Protected) || matches!(layout, Layout::Real) && i & 1 == 1;
         let field = if sixteen { field | 0xffff_0000 } else { field };
         slot.copy_from_slice(&field.to_le_bytes()[..size]);
     }
@@ -144,11 +119,7 @@ fn load_environment(x: &mut X87, layout: Layout, wide: bool, bytes: &[u8]) {
         }
         Layout::Real => {
             let upper = |field: u32| {
-                if wide {
-                    field << 4 & 0xffff_0000
-                } else {
-                    (field & 0xf000) << 4
-                }
+                if wide { field << 4 & 0xffff_0000 } else { (field & 0xf000) << 4 }
             };
             (x.fcs, x.fds) = (0, 0);
             x.fip = u64::from(ip & 0xffff | upper(code));
@@ -303,13 +274,11 @@ mod tests {
     fn fnsave_stores_the_protected_layout_and_frstor_takes_it_back() {
         let mut machine = machine();
         // fldz; fld1; fld qword [rbx + 0x80]; fnsave [rbx]; fnstsw [rbx + 0xc0]; frstor [rbx]; faddp; fnstsw ax
-        machine
-            .memory
-            .write(AREA + 0x80, &2.5f64.to_bits().to_le_bytes());
+        machine.memory.write(AREA + 0x80, &2.5f64.to_bits().to_le_bytes());
         machine.memory.write(AREA + 0xc0, &[0xff; 2]);
         machine.code(&[
-            0xd9, 0xee, 0xd9, 0xe8, 0xdd, 0x83, 0x80, 0, 0, 0, 0xdd, 0x33, 0xdd, 0xbb, 0xc0, 0, 0,
-            0, 0xdd, 0x23, 0xde, 0xc1, 0xdf, 0xe0,
+            0xd9, 0xee, 0xd9, 0xe8, 0xdd, 0x83, 0x80, 0, 0, 0, 0xdd, 0x33, 0xdd, 0xbb, 0xc0, 0, 0, 0, 0xdd, 0x23, 0xde,
+            0xc1, 0xdf, 0xe0,
         ]);
         let st = machine.run().clone();
         let selectors = (st.segs[seg::CS].selector, st.segs[seg::DS].selector);
@@ -318,34 +287,19 @@ mod tests {
         // R7 zero, R6 and R5 valid, the rest empty.
         assert_eq!(word(8), 0xffff_43ff);
         assert_eq!((word(12), word(16) as u16), (CODE as u32 + 4, selectors.0));
-        assert_eq!(
-            (word(20), word(24)),
-            (AREA as u32 + 0x80, 0xffff_0000 | u32::from(selectors.1))
-        );
-        assert_eq!(
-            machine.memory.read::<10>(AREA + 28),
-            [0, 0, 0, 0, 0, 0, 0, 0xa0, 0, 0x40]
-        );
+        assert_eq!((word(20), word(24)), (AREA as u32 + 0x80, 0xffff_0000 | u32::from(selectors.1)));
+        assert_eq!(machine.memory.read::<10>(AREA + 28), [0, 0, 0, 0, 0, 0, 0, 0xa0, 0, 0x40]);
         assert_eq!(word(0xc0) as u16, 0, "saving initialises");
         assert_eq!((st.gpr[0], st.x87.valid), (0x3000, 0xc0));
-        assert_eq!(
-            (st.x87.sign_exp[6], st.x87.sig[6]),
-            (0x4000, 0xe000_0000_0000_0000)
-        );
+        assert_eq!((st.x87.sign_exp[6], st.x87.sig[6]), (0x4000, 0xe000_0000_0000_0000));
     }
 
     #[test]
     fn real_mode_environments_hold_linear_addresses() {
         let mut machine = Machine::real(Box::new(NoBus));
         machine.cpu.update(|st| {
-            st.x87 = crate::state::X87 {
-                fop: 0x123,
-                fip: 0x1234,
-                fcs: 0xf000,
-                fdp: 8,
-                fds: 0x4000,
-                ..Default::default()
-            };
+            st.x87 =
+                crate::state::X87 { fop: 0x123, fip: 0x1234, fcs: 0xf000, fdp: 8, fds: 0x4000, ..Default::default() };
             st.gpr[3] = AREA;
         });
         // fnstenv [bx]; fldenv [bx]
@@ -353,14 +307,8 @@ mod tests {
         let st = machine.run().clone();
         let word = |at: u64| u16::from_le_bytes(machine.memory.read(AREA + at));
         assert_eq!([word(0), word(2), word(4)], [0x37f, 0, 0xffff]);
-        assert_eq!(
-            [word(6), word(8), word(10), word(12)],
-            [0x1234, 0xf123, 0x0008, 0x4000]
-        );
-        assert_eq!(
-            (st.x87.fip, st.x87.fcs, st.x87.fdp, st.x87.fop),
-            (0xf1234, 0, 0x40008, 0x123)
-        );
+        assert_eq!([word(6), word(8), word(10), word(12)], [0x1234, 0xf123, 0x0008, 0x4000]);
+        assert_eq!((st.x87.fip, st.x87.fcs, st.x87.fdp, st.x87.fop), (0xf1234, 0, 0x40008, 0x123));
     }
 
     #[test]
@@ -371,17 +319,9 @@ mod tests {
         machine.code(&[0xd9, 0xe8, 0xd9, 0xee, 0xde, 0xf9, 0xdf, 0xe0, 0x9b]);
         let exit = machine.cpu.run(100);
         let st = machine.cpu.state();
-        assert_ne!(
-            exit,
-            Exit::Halted,
-            "without an IDT the exception shuts the machine down"
-        );
+        assert_ne!(exit, Exit::Halted, "without an IDT the exception shuts the machine down");
         assert_eq!(st.rip, CODE + 8, "the exception is that of FWAIT");
         assert_eq!(st.gpr[0] as u16, 0xb084);
-        assert_eq!(
-            (st.x87.valid, st.x87.fop),
-            (0xc0, 0x6f9),
-            "nothing was popped, the opcode is noted"
-        );
+        assert_eq!((st.x87.valid, st.x87.fop), (0xc0, 0x6f9), "nothing was popped, the opcode is noted");
     }
 }

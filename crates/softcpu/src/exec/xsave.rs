@@ -220,11 +220,7 @@ fn xsave<const WIDE: bool, const KIND: u8>(cpu: &mut Core, op: &Op) -> Exec {
     let set = cpu.set;
     let mut image = [0; 576];
     cpu.read_bytes(set, lin, &mut image)?;
-    let saved = if KIND == PLAIN {
-        wanted
-    } else {
-        wanted & in_use
-    };
+    let saved = if KIND == PLAIN { wanted } else { wanted & in_use };
     if saved & X87_BIT != 0 {
         put_x87(&cpu.st, WIDE, &mut image);
     }
@@ -256,20 +252,12 @@ fn xrstor<const WIDE: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let layout = u64::from_le_bytes(get(&image, 520));
     let compact = layout & COMPACT != 0;
     // Standard: XCOMP_BV is zero and so are bytes 23 to 16 of the header. Compact: the rest of the header is zero.
-    let clean = if compact {
-        &image[528..576]
-    } else {
-        &image[520..536]
-    };
+    let clean = if compact { &image[528..576] } else { &image[520..536] };
     let bad = clean.iter().any(|byte| *byte != 0)
         || present & !cpu.st.xcr0 != 0
         || compact && (layout & !COMPACT & !cpu.st.xcr0 != 0 || present & !layout != 0);
     let mxcsr = u32::from_le_bytes(get(&image, 24));
-    let load_mxcsr = if compact {
-        wanted & present & SSE_BIT != 0
-    } else {
-        wanted & SSE_BIT != 0
-    };
+    let load_mxcsr = if compact { wanted & present & SSE_BIT != 0 } else { wanted & SSE_BIT != 0 };
     if bad || load_mxcsr && mxcsr & !MXCSR_MASK != 0 {
         return cpu.raise(Exception::Gp(0));
     }
@@ -315,11 +303,7 @@ fn xsetbv(cpu: &mut Core, _: &Op) -> Exec {
         return cpu.raise(Exception::Ud);
     }
     let value = cpu.requested();
-    if cpu.cpl() != 0
-        || cpu.st.gpr[1] as u32 != 0
-        || value & X87_BIT == 0
-        || value & !COMPONENTS != 0
-    {
+    if cpu.cpl() != 0 || cpu.st.gpr[1] as u32 != 0 || value & X87_BIT == 0 || value & !COMPONENTS != 0 {
         return cpu.raise(Exception::Gp(0));
     }
     cpu.st.xcr0 = value;

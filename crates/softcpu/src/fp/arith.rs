@@ -46,43 +46,25 @@ pub(crate) fn add<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
         (Kind::Infinite, _) => return exact(env, F::infinity(a.sign)),
         (_, Kind::Infinite) => return exact(env, F::infinity(b.sign)),
         (Kind::Zero, Kind::Zero) => {
-            let sign = if a.sign == b.sign {
-                a.sign
-            } else {
-                env.rounding() == Round::Down
-            };
+            let sign = if a.sign == b.sign { a.sign } else { env.rounding() == Round::Down };
             return exact(env, F::zero(sign));
         }
         (_, Kind::Zero) => return same(env, &a),
         (Kind::Zero, _) => return same(env, &b),
         _ => {}
     }
-    let (large, small) = if (a.exp, a.sig) >= (b.exp, b.sig) {
-        (a, b)
-    } else {
-        (b, a)
-    };
+    let (large, small) = if (a.exp, a.sig) >= (b.exp, b.sig) { (a, b) } else { (b, a) };
     // Bit 127 is left free for the carry. A sticky bit is lost to cancellation only when the shift is below 2.
     let top = u128::from(large.sig) << 63;
     let bottom = shift_right_sticky(u128::from(small.sig) << 63, (large.exp - small.exp) as u32);
-    let sum = if a.sign == b.sign {
-        top + bottom
-    } else {
-        top - bottom
-    };
+    let sum = if a.sign == b.sign { top + bottom } else { top - bottom };
     if sum == 0 {
         let sign = env.rounding() == Round::Down;
         return exact(env, F::zero(sign));
     }
     let shift = sum.leading_zeros();
     let precision = precision::<F>(env);
-    round_to(
-        env,
-        large.sign,
-        large.exp + 1 - shift as i32,
-        sum << shift,
-        precision,
-    )
+    round_to(env, large.sign, large.exp + 1 - shift as i32, sum << shift, precision)
 }
 
 /// `a * b`.
@@ -106,13 +88,7 @@ pub(crate) fn mul<F: Float>(env: &mut Env, a: Unpacked, b: Unpacked) -> F {
     let product = u128::from(a.sig) * u128::from(b.sig);
     let shift = product.leading_zeros();
     let precision = precision::<F>(env);
-    round_to(
-        env,
-        sign,
-        a.exp + b.exp + 1 - shift as i32,
-        product << shift,
-        precision,
-    )
+    round_to(env, sign, a.exp + b.exp + 1 - shift as i32, product << shift, precision)
 }
 
 /// `a - b`.
@@ -124,11 +100,7 @@ pub(crate) fn sub<F: Float>(env: &mut Env, a: Unpacked, mut b: Unpacked) -> F {
 
 /// The quotient of two normalised significands, with a sticky bit: it and what to add to the exponent.
 pub(super) fn divide_significands(a: u64, b: u64) -> (u128, i32) {
-    let (dividend, exp) = if a >= b {
-        (u128::from(a) << 63, 0)
-    } else {
-        (u128::from(a) << 64, -1)
-    };
+    let (dividend, exp) = if a >= b { (u128::from(a) << 63, 0) } else { (u128::from(a) << 64, -1) };
     let divisor = u128::from(b);
     let (high, rest) = (dividend / divisor, dividend % divisor);
     if rest == 0 {

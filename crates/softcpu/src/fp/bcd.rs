@@ -10,9 +10,7 @@ pub(crate) const INDEFINITE: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 0xc0, 0xff, 0xff];
 /// count with their binary value.
 pub(crate) fn load(bytes: [u8; 10]) -> F80 {
     let digits = bytes[..9].iter().rev();
-    let magnitude = digits.fold(0i64, |sum, &b| {
-        sum * 100 + i64::from(b >> 4) * 10 + i64::from(b & 15)
-    });
+    let magnitude = digits.fold(0i64, |sum, &b| sum * 100 + i64::from(b >> 4) * 10 + i64::from(b & 15));
     // At most 16.7 * 10^17: below 2^63, so exact and without flags.
     int_to_float::<F80>(&mut Env::x87(0x37f), magnitude).with_sign(bytes[9] & 0x80 != 0)
 }
@@ -21,9 +19,7 @@ pub(crate) fn load(bytes: [u8; 10]) -> F80 {
 /// infinities raise IE and give the indefinite.
 pub(crate) fn store(env: &mut Env, a: F80) -> [u8; 10] {
     let u = a.unpack();
-    let Some((mut magnitude, inexact)) =
-        integral_magnitude(env, &u).filter(|&(m, _)| m < 10u64.pow(18))
-    else {
+    let Some((mut magnitude, inexact)) = integral_magnitude(env, &u).filter(|&(m, _)| m < 10u64.pow(18)) else {
         env.rounded_up = false;
         env.raise(IE);
         return INDEFINITE;

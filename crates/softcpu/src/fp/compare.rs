@@ -7,12 +7,7 @@ use super::{Env, IE};
 
 /// Compare; `None` is unordered. `signaling` compares raise IE for every NaN (COMISD, FCOM, CMPLTPD), the others only
 /// for signalling ones (UCOMISD, FUCOM, CMPEQPD). Unsupported extended encodings always raise it.
-pub(crate) fn compare(
-    env: &mut Env,
-    a: &Unpacked,
-    b: &Unpacked,
-    signaling: bool,
-) -> Option<Ordering> {
+pub(crate) fn compare(env: &mut Env, a: &Unpacked, b: &Unpacked, signaling: bool) -> Option<Ordering> {
     if a.is_nan() || b.is_nan() {
         if signaling || a.is_invalid() || b.is_invalid() {
             env.raise(IE);
@@ -36,16 +31,8 @@ pub(crate) fn order(a: &Unpacked, b: &Unpacked) -> Ordering {
     }
     // The exponent of an infinity depends on the format it came from.
     let key = |u: &Unpacked| {
-        if u.is_infinite() {
-            (i32::MAX, 0)
-        } else {
-            (u.exp, u.sig)
-        }
+        if u.is_infinite() { (i32::MAX, 0) } else { (u.exp, u.sig) }
     };
     let magnitude = key(a).cmp(&key(b));
-    if a.sign {
-        magnitude.reverse()
-    } else {
-        magnitude
-    }
+    if a.sign { magnitude.reverse() } else { magnitude }
 }

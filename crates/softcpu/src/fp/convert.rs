@@ -45,12 +45,7 @@ pub(crate) fn int_to_float<F: Float>(env: &mut Env, value: i64) -> F {
     }
     let magnitude = value.unsigned_abs();
     let shift = magnitude.leading_zeros();
-    round(
-        env,
-        value < 0,
-        63 - shift as i32,
-        u128::from(magnitude << shift) << 64,
-    )
+    round(env, value < 0, 63 - shift as i32, u128::from(magnitude << shift) << 64)
 }
 
 /// A number as a signed integer of `bits` (16, 32 or 64), rounded as `env` says. What does not fit, NaNs and
@@ -65,11 +60,7 @@ pub(crate) fn float_to_int<F: Float>(env: &mut Env, a: F, bits: u32) -> i64 {
         return (limit as i64).wrapping_neg();
     };
     env.raised |= if inexact { PE } else { 0 };
-    if u.sign {
-        (magnitude as i64).wrapping_neg()
-    } else {
-        magnitude as i64
-    }
+    if u.sign { (magnitude as i64).wrapping_neg() } else { magnitude as i64 }
 }
 
 /// The magnitude rounded to an integer below 2^64 and whether that was inexact; `None` for what has none. Sets

@@ -39,26 +39,14 @@ pub(crate) trait Float: Copy + Eq + core::fmt::Debug {
     /// The number apart, exactly. Denormal operands are normalised (`denormal` remembers them).
     fn unpack(self) -> Unpacked {
         let (sign, biased, sig) = self.to_parts();
-        let make = |kind| Unpacked {
-            sign,
-            kind,
-            exp: biased - Self::EMAX,
-            sig,
-            denormal: false,
-        };
+        let make = |kind| Unpacked { sign, kind, exp: biased - Self::EMAX, sig, denormal: false };
         if biased == 0 {
             if sig == 0 {
                 return make(Kind::Zero);
             }
             // Pseudo-denormals of the extended format have the leading bit already: the shift is then 0.
             let shift = sig.leading_zeros();
-            Unpacked {
-                sign,
-                kind: Kind::Finite,
-                exp: Self::EMIN - shift as i32,
-                sig: sig << shift,
-                denormal: true,
-            }
+            Unpacked { sign, kind: Kind::Finite, exp: Self::EMIN - shift as i32, sig: sig << shift, denormal: true }
         } else if sig >> 63 == 0 {
             make(Kind::Unsupported)
         } else if biased != Self::SPECIAL {
@@ -157,15 +145,9 @@ pub(crate) struct F80 {
 
 impl F80 {
     /// Plus zero.
-    pub(crate) const ZERO: F80 = F80 {
-        sign_exp: 0,
-        sig: 0,
-    };
+    pub(crate) const ZERO: F80 = F80 { sign_exp: 0, sig: 0 };
     /// One.
-    pub(crate) const ONE: F80 = F80 {
-        sign_exp: 0x3fff,
-        sig: 1 << 63,
-    };
+    pub(crate) const ONE: F80 = F80 { sign_exp: 0x3fff, sig: 1 << 63 };
 
     /// The ten bytes as they are in memory.
     pub(crate) fn to_bytes(self) -> [u8; 10] {
@@ -178,19 +160,13 @@ impl F80 {
     /// A number from ten bytes of memory.
     pub(crate) fn from_bytes(bytes: [u8; 10]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j] = bytes;
-        F80 {
-            sign_exp: u16::from_le_bytes([i, j]),
-            sig: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-        }
+        F80 { sign_exp: u16::from_le_bytes([i, j]), sig: u64::from_le_bytes([a, b, c, d, e, f, g, h]) }
     }
 
     /// The same number with the sign given.
     #[inline]
     pub(crate) fn with_sign(self, sign: bool) -> Self {
-        F80 {
-            sign_exp: self.sign_exp & 0x7fff | u16::from(sign) << 15,
-            ..self
-        }
+        F80 { sign_exp: self.sign_exp & 0x7fff | u16::from(sign) << 15, ..self }
     }
 }
 
@@ -202,11 +178,7 @@ impl Float for F32 {
     #[inline]
     fn to_parts(self) -> (bool, i32, u64) {
         let biased = self.0 >> 23 & 0xff;
-        (
-            self.0 >> 31 != 0,
-            biased as i32,
-            u64::from(biased != 0) << 63 | u64::from(self.0 & 0x7f_ffff) << 40,
-        )
+        (self.0 >> 31 != 0, biased as i32, u64::from(biased != 0) << 63 | u64::from(self.0 & 0x7f_ffff) << 40)
     }
 
     #[inline]
@@ -223,11 +195,7 @@ impl Float for F64 {
     #[inline]
     fn to_parts(self) -> (bool, i32, u64) {
         let biased = self.0 >> 52 & 0x7ff;
-        (
-            self.0 >> 63 != 0,
-            biased as i32,
-            u64::from(biased != 0) << 63 | self.0 << 12 >> 1,
-        )
+        (self.0 >> 63 != 0, biased as i32, u64::from(biased != 0) << 63 | self.0 << 12 >> 1)
     }
 
     #[inline]
@@ -239,26 +207,16 @@ impl Float for F64 {
 impl Float for F80 {
     const PRECISION: u32 = 64;
     const EMAX: i32 = 16383;
-    const INDEFINITE: Self = F80 {
-        sign_exp: 0xffff,
-        sig: 3 << 62,
-    };
+    const INDEFINITE: Self = F80 { sign_exp: 0xffff, sig: 3 << 62 };
 
     #[inline]
     fn to_parts(self) -> (bool, i32, u64) {
-        (
-            self.sign_exp >> 15 != 0,
-            i32::from(self.sign_exp & 0x7fff),
-            self.sig,
-        )
+        (self.sign_exp >> 15 != 0, i32::from(self.sign_exp & 0x7fff), self.sig)
     }
 
     #[inline]
     fn from_parts(sign: bool, biased: i32, sig: u64) -> Self {
-        F80 {
-            sign_exp: u16::from(sign) << 15 | biased as u16,
-            sig,
-        }
+        F80 { sign_exp: u16::from(sign) << 15 | biased as u16, sig }
     }
 }
 
@@ -275,12 +233,7 @@ pub(crate) fn shift_right_sticky(sig: u128, by: u32) -> u128 {
 /// `sig` rounded to a multiple of `2^drop` (`1 <= drop <= 127`): the result, whether it is the carry out of bit 127
 /// that is missing from it, and how it compares with the exact value.
 #[inline]
-pub(crate) fn round_bits(
-    mode: Round,
-    sign: bool,
-    sig: u128,
-    drop: u32,
-) -> (u128, bool, core::cmp::Ordering) {
+pub(crate) fn round_bits(mode: Round, sign: bool, sig: u128, drop: u32) -> (u128, bool, core::cmp::Ordering) {
     use core::cmp::Ordering::{Equal, Greater, Less};
     let low = sig & ((1 << drop) - 1);
     let cut = sig - low;
@@ -310,22 +263,12 @@ pub(crate) fn round<F: Float>(env: &mut Env, sign: bool, exp: i32, sig: u128) ->
 }
 
 /// [`round`] to fewer bits of significand than `F` has (x87 precision control).
-pub(crate) fn round_to<F: Float>(
-    env: &mut Env,
-    sign: bool,
-    exp: i32,
-    sig: u128,
-    precision: u32,
-) -> F {
+pub(crate) fn round_to<F: Float>(env: &mut Env, sign: bool, exp: i32, sig: u128, precision: u32) -> F {
     debug_assert!(sig >> 127 == 1);
     let mode = env.rounding();
     let drop = 128 - precision;
     let (rounded, carry, error) = round_bits(mode, sign, sig, drop);
-    let (unbounded_exp, unbounded_sig) = if carry {
-        (exp + 1, 1 << 127)
-    } else {
-        (exp, rounded)
-    };
+    let (unbounded_exp, unbounded_sig) = if carry { (exp + 1, 1 << 127) } else { (exp, rounded) };
     let finish = |exp: i32, sig: u128| F::from_parts(sign, exp + F::EMAX, (sig >> 64) as u64);
 
     env.rounded_up = error.is_gt();

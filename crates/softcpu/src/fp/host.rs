@@ -333,16 +333,8 @@ impl Operation for Max {
 
 /// `a` if it compares as `first` with `b`, else `b`. DAZ makes a zero of a denormal that is handed through.
 fn select<F: HostFloat>(env: &mut Env, a: F, b: F, first: Ordering) -> F {
-    let chosen = if compare(env, a, b, true) == Some(first) {
-        a
-    } else {
-        b
-    };
-    if env.control & DAZ != 0 && !no_denormal(chosen) {
-        F::zero(chosen.to_parts().0)
-    } else {
-        chosen
-    }
+    let chosen = if compare(env, a, b, true) == Some(first) { a } else { b };
+    if env.control & DAZ != 0 && !no_denormal(chosen) { F::zero(chosen.to_parts().0) } else { chosen }
 }
 
 /// One lane of an operation.
@@ -359,11 +351,7 @@ pub(crate) fn apply<O: Operation, F: HostFloat>(env: &mut Env, a: F, b: F) -> F 
 
 /// All lanes of an operation: together when PE is sticky and every lane allows it, else one by one.
 #[inline(always)]
-pub(crate) fn apply_all<O: Operation, F: HostFloat, const N: usize>(
-    env: &mut Env,
-    a: [F; N],
-    b: [F; N],
-) -> [F; N] {
+pub(crate) fn apply_all<O: Operation, F: HostFloat, const N: usize>(env: &mut Env, a: [F; N], b: [F; N]) -> [F; N] {
     if usable(env) && sticky(env) {
         let result: [F; N] = core::array::from_fn(|i| O::host(a[i], b[i]));
         if (0..N).fold(true, |sure, i| sure & O::sure(a[i], b[i], result[i])) {
@@ -375,12 +363,7 @@ pub(crate) fn apply_all<O: Operation, F: HostFloat, const N: usize>(
 
 /// The order of `a` and `b`; flags as in [`soft::compare`].
 #[inline(always)]
-pub(crate) fn compare<F: HostFloat>(
-    env: &mut Env,
-    a: F,
-    b: F,
-    signaling: bool,
-) -> Option<Ordering> {
+pub(crate) fn compare<F: HostFloat>(env: &mut Env, a: F, b: F, signaling: bool) -> Option<Ordering> {
     if no_denormal(a) && no_denormal(b) {
         let order = a.native().partial_cmp(&b.native());
         if order.is_some() {
@@ -409,11 +392,7 @@ pub(crate) fn float_to_int<F: HostFloat>(env: &mut Env, a: F, bits: u32, truncat
         let x = a.native();
         let magnitude = F::from_native(x).exponent() - F::EMAX;
         if magnitude < bits as i32 - 2 {
-            let whole = if truncate {
-                F::native_to_int(x)
-            } else {
-                F::native_to_int(F::native_round(x))
-            };
+            let whole = if truncate { F::native_to_int(x) } else { F::native_to_int(F::native_round(x)) };
             if sticky(env) || F::native_from(whole) == x {
                 return whole;
             }

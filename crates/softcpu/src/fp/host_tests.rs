@@ -82,10 +82,7 @@ impl Rng {
     fn f80(&mut self, near: i32) -> F80 {
         let x: F80 = self.float(near);
         match self.below(32) {
-            0 => F80 {
-                sig: x.sig ^ 1 << 63,
-                ..x
-            },
+            0 => F80 { sig: x.sig ^ 1 << 63, ..x },
             _ => x,
         }
     }
@@ -93,30 +90,15 @@ impl Rng {
     fn f80_pair(&mut self) -> (F80, F80) {
         let (a, b) = self.pair::<F80>();
         match self.below(32) {
-            0 => (
-                F80 {
-                    sig: a.sig ^ 1 << 63,
-                    ..a
-                },
-                b,
-            ),
-            1 => (
-                a,
-                F80 {
-                    sig: b.sig ^ 1 << 63,
-                    ..b
-                },
-            ),
+            0 => (F80 { sig: a.sig ^ 1 << 63, ..a }, b),
+            1 => (a, F80 { sig: b.sig ^ 1 << 63, ..b }),
             _ => (a, b),
         }
     }
 }
 
 fn rounds(base: u64) -> u64 {
-    base * std::env::var("VM_ACCEL_FP_ROUNDS")
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(1)
+    base * std::env::var("VM_ACCEL_FP_ROUNDS").ok().and_then(|v| v.parse().ok()).unwrap_or(1)
 }
 
 /// A random MXCSR with everything masked, flags sometimes sticky.
@@ -188,12 +170,7 @@ macro_rules! check_sse {
 }
 
 /// An operation of [`arith`] on packed operands.
-fn soft<F: Float>(
-    env: &mut Env,
-    operation: fn(&mut Env, format::Unpacked, format::Unpacked) -> F,
-    a: F,
-    b: F,
-) -> F {
+fn soft<F: Float>(env: &mut Env, operation: fn(&mut Env, format::Unpacked, format::Unpacked) -> F, a: F, b: F) -> F {
     let (a, b) = (a.operand(env), b.operand(env));
     operation(env, a, b)
 }
@@ -327,19 +304,13 @@ const C1: u16 = 1 << 9;
 /// leave behind, and special cases of transcendental functions. Others differ there in ways the manuals allow.
 fn established() -> bool {
     static ANSWER: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *ANSWER.get_or_init(|| {
-        std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD"))
-    })
+    *ANSWER.get_or_init(|| std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("AuthenticAMD")))
 }
 
 /// A random x87 control word; everything is masked half of the time, or always on hosts not [`established`].
 fn random_fcw(rng: &mut Rng) -> u16 {
     let precision = [0, 2, 3, 3][rng.below(4) as usize] << 8;
-    let masks = if rng.below(2) == 0 || !established() {
-        0x3f
-    } else {
-        rng.below(64) as u16
-    };
+    let masks = if rng.below(2) == 0 || !established() { 0x3f } else { rng.below(64) as u16 };
     precision | (rng.below(4) as u16) << 10 | masks | 0x40
 }
 
@@ -353,21 +324,13 @@ fn same_as_host(env: &Env, got: F80, a: F80, host: &Saved) -> Result<(), String>
 fn same_unless(env: &Env, prevents: u32, got: F80, a: F80, host: &Saved) -> Result<(), String> {
     let blocked = env.unmasked() & prevents != 0;
     let want = if blocked { a } else { got };
-    let c1 = if env.raised & PE != 0 && env.rounded_up {
-        C1
-    } else {
-        0
-    };
+    let c1 = if env.raised & PE != 0 && env.rounded_up { C1 } else { 0 };
     let mask = ALL as u16 | if blocked { 0 } else { C1 };
     let status = (env.raised as u16 | c1) & mask;
     if (want, status) == (host.st[0], host.status & mask) {
         Ok(())
     } else {
-        Err(format!(
-            "got {want:x?} status {status:x}, host {:x?} status {:x}",
-            host.st[0],
-            host.status & mask
-        ))
+        Err(format!("got {want:x?} status {status:x}, host {:x?} status {:x}", host.st[0], host.status & mask))
     }
 }
 
@@ -412,24 +375,13 @@ fn fprem() {
         let (a, b) = rng.f80_pair();
         let fcw = random_fcw(&mut rng);
         let nearest = round & 1 == 1;
-        let want = if nearest {
-            fprem1(fcw, a, b, [0; 16])
-        } else {
-            fprem(fcw, a, b, [0; 16])
-        };
+        let want = if nearest { fprem1(fcw, a, b, [0; 16]) } else { fprem(fcw, a, b, [0; 16]) };
         let mut env = Env::x87(fcw);
         let got = x87::remainder(&mut env, a, b, nearest);
         let blocked = env.unmasked() & PRE != 0;
         let value = if blocked { a } else { got.value };
-        let context = format!(
-            "nearest {nearest} {a:x?} {b:x?} fcw {fcw:x} host status {:x}",
-            want.status
-        );
-        assert_eq!(
-            (value, env.raised as u16),
-            (want.st[0], want.status & ALL as u16),
-            "{context}"
-        );
+        let context = format!("nearest {nearest} {a:x?} {b:x?} fcw {fcw:x} host status {:x}", want.status);
+        assert_eq!((value, env.raised as u16), (want.st[0], want.status & ALL as u16), "{context}");
         if blocked || a.unpack().is_nan() || b.unpack().is_nan() || env.raised & IE != 0 {
             continue;
         }
@@ -452,23 +404,11 @@ fn fxtract() {
         let want = host(fcw, a, F80::ONE, [0; 16]);
         let mut env = Env::x87(fcw);
         let (exponent, significand) = x87::extract(&mut env, a);
-        assert_eq!(
-            env.raised as u16,
-            want.status & ALL as u16,
-            "{a:x?} fcw {fcw:x}"
-        );
+        assert_eq!(env.raised as u16, want.status & ALL as u16, "{a:x?} fcw {fcw:x}");
         if env.unmasked() & PRE == 0 {
-            assert_eq!(
-                (significand, exponent),
-                (want.st[0], want.st[1]),
-                "{a:x?} fcw {fcw:x}"
-            );
+            assert_eq!((significand, exponent), (want.st[0], want.st[1]), "{a:x?} fcw {fcw:x}");
         } else {
-            assert_eq!(
-                (a, F80::ONE),
-                (want.st[0], want.st[1]),
-                "{a:x?} fcw {fcw:x}"
-            );
+            assert_eq!((a, F80::ONE), (want.st[0], want.st[1]), "{a:x?} fcw {fcw:x}");
         }
     }
 }
@@ -481,11 +421,7 @@ fn fxam() {
         let a = rng.f80(0x3fff);
         let want = host(0x37f, a, F80::ONE, [0; 16]).status;
         let class = (want >> 14 & 1) << 2 | (want >> 10 & 1) << 1 | want >> 8 & 1;
-        assert_eq!(
-            (u16::from(x87::examine(a)), a.sign_exp >> 15),
-            (class, want >> 9 & 1),
-            "{a:x?}"
-        );
+        assert_eq!((u16::from(x87::examine(a)), a.sign_exp >> 15), (class, want >> 9 & 1), "{a:x?}");
     }
 }
 
@@ -498,19 +434,10 @@ fn fcom() {
         let (a, b) = rng.f80_pair();
         let fcw = random_fcw(&mut rng);
         let quiet = round & 1 == 1;
-        let want = if quiet {
-            fucom(fcw, a, b, [0; 16])
-        } else {
-            fcom(fcw, a, b, [0; 16])
-        }
-        .status;
+        let want = if quiet { fucom(fcw, a, b, [0; 16]) } else { fcom(fcw, a, b, [0; 16]) }.status;
         let mut env = Env::x87(fcw);
         let order = compare::compare(&mut env, &a.unpack(), &b.unpack(), !quiet);
-        assert_eq!(
-            env.raised as u16,
-            want & ALL as u16,
-            "quiet {quiet} {a:x?} {b:x?} fcw {fcw:x}"
-        );
+        assert_eq!(env.raised as u16, want & ALL as u16, "quiet {quiet} {a:x?} {b:x?} fcw {fcw:x}");
         if env.unmasked() == 0 {
             let code = match order {
                 Some(Ordering::Greater) => 0,
@@ -518,11 +445,7 @@ fn fcom() {
                 Some(Ordering::Equal) => 0x4000,
                 None => 0x4500,
             };
-            assert_eq!(
-                code,
-                want & 0x4500,
-                "quiet {quiet} {a:x?} {b:x?} fcw {fcw:x}"
-            );
+            assert_eq!(code, want & 0x4500, "quiet {quiet} {a:x?} {b:x?} fcw {fcw:x}");
         }
     }
 }
@@ -542,26 +465,17 @@ fn x87_loads() {
             0 => {
                 let x: F32 = rng.float(127);
                 memory[..4].copy_from_slice(&x.0.to_le_bytes());
-                (
-                    convert::float_to_float(&mut env, x),
-                    single(fcw, F80::ONE, F80::ZERO, memory),
-                )
+                (convert::float_to_float(&mut env, x), single(fcw, F80::ONE, F80::ZERO, memory))
             }
             1 => {
                 let x: F64 = rng.float(1023);
                 memory[..8].copy_from_slice(&x.0.to_le_bytes());
-                (
-                    convert::float_to_float(&mut env, x),
-                    double(fcw, F80::ONE, F80::ZERO, memory),
-                )
+                (convert::float_to_float(&mut env, x), double(fcw, F80::ONE, F80::ZERO, memory))
             }
             2 => {
                 let x = rng.sig();
                 memory[..8].copy_from_slice(&x.to_le_bytes());
-                (
-                    convert::int_to_float(&mut env, x as i64),
-                    integer(fcw, F80::ONE, F80::ZERO, memory),
-                )
+                (convert::int_to_float(&mut env, x as i64), integer(fcw, F80::ONE, F80::ZERO, memory))
             }
             _ => {
                 let mut bytes = [0; 10];
@@ -599,15 +513,11 @@ fn x87_stores() {
         let mut put = |bytes: &[u8]| expect[..bytes.len()].copy_from_slice(bytes);
         let want = match form {
             0 => {
-                put(&convert::float_to_float::<F80, F32>(&mut env, a)
-                    .0
-                    .to_le_bytes());
+                put(&convert::float_to_float::<F80, F32>(&mut env, a).0.to_le_bytes());
                 single(fcw, a, F80::ONE, FILL)
             }
             1 => {
-                put(&convert::float_to_float::<F80, F64>(&mut env, a)
-                    .0
-                    .to_le_bytes());
+                put(&convert::float_to_float::<F80, F64>(&mut env, a).0.to_le_bytes());
                 double(fcw, a, F80::ONE, FILL)
             }
             2 => {
@@ -633,24 +543,13 @@ fn x87_stores() {
                 decimal(fcw, a, F80::ONE, FILL)
             }
         };
-        let context = format!(
-            "form {form} {a:x?} fcw {fcw:x} status {:x} raised {:x}",
-            want.status, env.raised
-        );
+        let context = format!("form {form} {a:x?} fcw {fcw:x} status {:x} raised {:x}", want.status, env.raised);
         assert_eq!(env.raised as u16, want.status & ALL as u16, "{context}");
         // Memory is written unless an exception other than PE is unmasked.
-        let expect = if env.unmasked() & !PE != 0 {
-            FILL
-        } else {
-            expect
-        };
+        let expect = if env.unmasked() & !PE != 0 { FILL } else { expect };
         assert_eq!(expect, want.memory, "{context}");
         if env.unmasked() & !PE == 0 {
-            assert_eq!(
-                env.raised & PE != 0 && env.rounded_up,
-                want.status & C1 != 0,
-                "{context}"
-            );
+            assert_eq!(env.raised & PE != 0 && env.rounded_up, want.status & C1 != 0, "{context}");
         }
     }
 }
@@ -659,11 +558,7 @@ fn x87_stores() {
 fn ulps(a: F80, b: F80) -> u64 {
     let line = |x: F80| {
         let magnitude = i128::from(x.sign_exp & 0x7fff) << 63 | i128::from(x.sig & !(1 << 63));
-        if x.sign_exp >> 15 == 1 {
-            -magnitude
-        } else {
-            magnitude
-        }
+        if x.sign_exp >> 15 == 1 { -magnitude } else { magnitude }
     };
     (line(a) - line(b)).unsigned_abs().min(u128::from(u64::MAX)) as u64
 }

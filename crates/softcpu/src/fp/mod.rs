@@ -109,13 +109,7 @@ impl Env {
     /// The environment that MXCSR describes.
     #[inline(always)]
     pub(crate) fn sse(mxcsr: u32) -> Self {
-        Env {
-            control: mxcsr,
-            precision: 64,
-            x87: false,
-            raised: 0,
-            rounded_up: false,
-        }
+        Env { control: mxcsr, precision: 64, x87: false, raised: 0, rounded_up: false }
     }
 
     /// The environment that an x87 control word describes.
@@ -129,13 +123,7 @@ impl Env {
             _ => 64,
         };
         let control = (fcw & ALL) << MASK_SHIFT | (fcw >> 10 & 3) << RC_SHIFT;
-        Env {
-            control,
-            precision,
-            x87: true,
-            raised: 0,
-            rounded_up: false,
-        }
+        Env { control, precision, x87: true, raised: 0, rounded_up: false }
     }
 
     /// The same environment with another rounding mode (ROUNDSD, CVTTSD2SI, FISTTP).

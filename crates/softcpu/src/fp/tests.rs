@@ -13,10 +13,7 @@ const ATAN_THIRD: u64 = 0xa4bc_7d19_34f7_0924;
 const SQRT_2_LESS_1: u64 = 0xd413_cccf_e779_9211;
 const LOG2_3: u64 = 0xcae0_0d1c_fdeb_43d0;
 const LOG2_E: u64 = 0xb8aa_3b29_5c17_f0bc;
-const SIN_2_62: F80 = F80 {
-    sign_exp: 0xbffe,
-    sig: 0xb506_a9dd_559c_f157,
-};
+const SIN_2_62: F80 = F80 { sign_exp: 0xbffe, sig: 0xb506_a9dd_559c_f157 };
 
 fn f64_of(x: f64) -> F64 {
     F64(x.to_bits())
@@ -37,100 +34,41 @@ fn sse_flags_follow_the_priorities_of_the_manual() {
     let (one, zero, denormal) = (f64_of(1.0), f64_of(0.0), F64(1));
     let (quiet, signaling) = (F64(0x7ff8 << 48 | 5), F64(0x7ff0 << 48 | 7));
     // A signalling NaN in front, made quiet; a quiet NaN hides a denormal; a zero divisor hides it too.
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Add, _>(e, signaling, quiet)), (0x7ff8 << 48 | 7, IE));
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Add, _>(e, quiet, signaling)), (quiet.0, IE));
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Mul, _>(e, quiet, denormal)), (quiet.0, 0));
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Div, _>(e, denormal, zero)), (0x7ff0 << 48, ZE));
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Div, _>(e, zero, zero)), (F64::INDEFINITE.0, IE));
     assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Add, _>(e, signaling, quiet)),
-        (0x7ff8 << 48 | 7, IE)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Add, _>(e, quiet, signaling)),
-        (quiet.0, IE)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Mul, _>(e, quiet, denormal)),
-        (quiet.0, 0)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Div, _>(e, denormal, zero)),
-        (0x7ff0 << 48, ZE)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Div, _>(e, zero, zero)),
+        sse(MASKED, |e| host::apply::<host::Sqrt, _>(e, f64_of(0.0), F64(1 << 63 | 1))),
         (F64::INDEFINITE.0, IE)
     );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Sqrt, _>(
-            e,
-            f64_of(0.0),
-            F64(1 << 63 | 1)
-        )),
-        (F64::INDEFINITE.0, IE)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Add, _>(e, one, denormal)),
-        (one.0, DE | PE)
-    );
-    assert_eq!(
-        sse(MASKED | DAZ, |e| host::apply::<host::Add, _>(
-            e, one, denormal
-        )),
-        (one.0, 0)
-    );
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Add, _>(e, one, denormal)), (one.0, DE | PE));
+    assert_eq!(sse(MASKED | DAZ, |e| host::apply::<host::Add, _>(e, one, denormal)), (one.0, 0));
     // MINSD hands its second operand through for any NaN and for equal zeros.
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Min, _>(e, one, quiet)),
-        (quiet.0, IE)
-    );
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Max, _>(
-            e,
-            zero,
-            F64(1 << 63)
-        )),
-        (1 << 63, 0)
-    );
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Min, _>(e, one, quiet)), (quiet.0, IE));
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Max, _>(e, zero, F64(1 << 63))), (1 << 63, 0));
 }
 
 #[test]
 fn exact_results_leave_the_inexact_flag_alone() {
     // Both the short cut and the integer code decide exactness; PE is not sticky here.
-    for (x, y) in [
-        (3.0, 0.5),
-        (1e15, 7.0),
-        (0.1, 0.3),
-        (1.0 / 3.0, 3.0),
-        (2f64.powi(52), 1.5),
-        (6.25, 2.5),
-    ] {
+    for (x, y) in [(3.0, 0.5), (1e15, 7.0), (0.1, 0.3), (1.0 / 3.0, 3.0), (2f64.powi(52), 1.5), (6.25, 2.5)] {
         let (a, b) = (f64_of(x), f64_of(y));
         let mut fast = Env::sse(MASKED);
         let mut slow = Env::sse(MASKED);
         let (ua, ub) = (a.operand(&slow), b.operand(&slow));
-        assert_eq!(
-            host::apply::<host::Add, _>(&mut fast, a, b),
-            arith::add(&mut slow, ua, ub)
-        );
-        assert_eq!(
-            host::apply::<host::Sub, _>(&mut fast, a, b),
-            arith::sub(&mut slow, ua, ub)
-        );
+        assert_eq!(host::apply::<host::Add, _>(&mut fast, a, b), arith::add(&mut slow, ua, ub));
+        assert_eq!(host::apply::<host::Sub, _>(&mut fast, a, b), arith::sub(&mut slow, ua, ub));
         assert_eq!(fast.raised, slow.raised, "{x} +- {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(
-            host::apply::<host::Mul, _>(&mut fast, a, b),
-            arith::mul(&mut slow, ua, ub)
-        );
+        assert_eq!(host::apply::<host::Mul, _>(&mut fast, a, b), arith::mul(&mut slow, ua, ub));
         assert_eq!(fast.raised, slow.raised, "{x} * {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(
-            host::apply::<host::Div, _>(&mut fast, a, b),
-            arith::div(&mut slow, ua, ub)
-        );
+        assert_eq!(host::apply::<host::Div, _>(&mut fast, a, b), arith::div(&mut slow, ua, ub));
         assert_eq!(fast.raised, slow.raised, "{x} / {y}");
         (fast.raised, slow.raised) = (0, 0);
-        assert_eq!(
-            host::apply::<host::Sqrt, _>(&mut fast, a, a),
-            arith::sqrt(&mut slow, a)
-        );
+        assert_eq!(host::apply::<host::Sqrt, _>(&mut fast, a, a), arith::sqrt(&mut slow, a));
         assert_eq!(fast.raised, slow.raised, "sqrt {x}");
     }
 }
@@ -140,43 +78,15 @@ fn tiny_is_decided_after_rounding() {
     let smallest = f64_of(f64::MIN_POSITIVE);
     // (2 - 2^-52) * 2^-1023 rounds to the smallest normal number, but not with an unbounded exponent.
     let below = f64_of(0.5 * (2.0 - f64::EPSILON));
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, below)),
-        (smallest.0, UE | PE)
-    );
-    assert_eq!(
-        sse(MASKED | FTZ, |e| host::apply::<host::Mul, _>(
-            e, smallest, below
-        )),
-        (0, UE | PE)
-    );
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, below)), (smallest.0, UE | PE));
+    assert_eq!(sse(MASKED | FTZ, |e| host::apply::<host::Mul, _>(e, smallest, below)), (0, UE | PE));
     // Exact denormals underflow only when that is unmasked.
     let half = f64_of(0.5);
-    assert_eq!(
-        sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, half)),
-        (1 << 51, 0)
-    );
-    assert_eq!(
-        sse(
-            MASKED & !(UE << MASK_SHIFT),
-            |e| host::apply::<host::Mul, _>(e, smallest, half)
-        )
-        .1,
-        UE
-    );
+    assert_eq!(sse(MASKED, |e| host::apply::<host::Mul, _>(e, smallest, half)), (1 << 51, 0));
+    assert_eq!(sse(MASKED & !(UE << MASK_SHIFT), |e| host::apply::<host::Mul, _>(e, smallest, half)).1, UE);
     // Upwards, the largest number below is not tiny any more when the rounding reaches it.
-    assert_eq!(
-        sse(MASKED | RC_UP, |e| host::apply::<host::Mul, _>(
-            e, smallest, below
-        )),
-        (smallest.0, UE | PE)
-    );
-    assert_eq!(
-        sse(MASKED | RC_DOWN, |e| host::apply::<host::Mul, _>(
-            e, smallest, below
-        )),
-        (smallest.0 - 1, UE | PE)
-    );
+    assert_eq!(sse(MASKED | RC_UP, |e| host::apply::<host::Mul, _>(e, smallest, below)), (smallest.0, UE | PE));
+    assert_eq!(sse(MASKED | RC_DOWN, |e| host::apply::<host::Mul, _>(e, smallest, below)), (smallest.0 - 1, UE | PE));
 }
 
 #[test]
@@ -184,11 +94,7 @@ fn unmasked_sse_exceptions_are_reported_before_what_follows() {
     let unmasked = |flag: u32| MASKED & !(flag << MASK_SHIFT);
     let mut env = Env::sse(unmasked(DE));
     host::apply::<host::Add, _>(&mut env, f64_of(1.0), F64(1));
-    assert_eq!(
-        (env.raised, env.unmasked()),
-        (DE, DE),
-        "nothing is computed, so nothing is inexact"
-    );
+    assert_eq!((env.raised, env.unmasked()), (DE, DE), "nothing is computed, so nothing is inexact");
     let mut env = Env::sse(unmasked(OE));
     host::apply::<host::Mul, _>(&mut env, f64_of(1e300), f64_of(1e300));
     assert_eq!((env.raised, env.unmasked()), (OE | PE, OE));
@@ -197,27 +103,15 @@ fn unmasked_sse_exceptions_are_reported_before_what_follows() {
 #[test]
 fn integers_that_do_not_fit_are_indefinite() {
     let mut env = Env::sse(MASKED);
-    assert_eq!(
-        host::float_to_int(&mut env, f64_of(2147483647.5), 32, true),
-        2147483647
-    );
+    assert_eq!(host::float_to_int(&mut env, f64_of(2147483647.5), 32, true), 2147483647);
     assert_eq!(env.raised, PE);
     let mut env = Env::sse(MASKED);
-    assert_eq!(
-        host::float_to_int(&mut env, f64_of(2147483647.5), 32, false),
-        i64::from(i32::MIN)
-    );
+    assert_eq!(host::float_to_int(&mut env, f64_of(2147483647.5), 32, false), i64::from(i32::MIN));
     assert_eq!(env.raised, IE, "an invalid conversion is not inexact too");
     let mut env = Env::sse(MASKED);
-    assert_eq!(
-        host::float_to_int(&mut env, f64_of(-9223372036854775808.0), 64, false),
-        i64::MIN
-    );
+    assert_eq!(host::float_to_int(&mut env, f64_of(-9223372036854775808.0), 64, false), i64::MIN);
     assert_eq!(env.raised, 0);
-    assert_eq!(
-        host::int_to_float::<F32>(&mut env, 0x0100_0001).0,
-        16777216f32.to_bits()
-    );
+    assert_eq!(host::int_to_float::<F32>(&mut env, 0x0100_0001).0, 16777216f32.to_bits());
     assert_eq!(env.raised, PE);
 }
 
@@ -255,17 +149,9 @@ fn x87_nans_go_by_their_significands() {
     };
     assert_eq!(add(small, large), (large, 0));
     assert_eq!(add(large, small), (large, 0));
-    assert_eq!(
-        add(signaling, small),
-        (small, IE),
-        "a quiet NaN wins over a signalling one"
-    );
+    assert_eq!(add(signaling, small), (small, IE), "a quiet NaN wins over a signalling one");
     assert_eq!(add(signaling, F80::ONE), (f80(0x7fff, 3 << 62 | 9), IE));
-    assert_eq!(
-        add(f80(0x3fff, 1), F80::ONE),
-        (F80::INDEFINITE, IE),
-        "an unnormal is not a number any more"
-    );
+    assert_eq!(add(f80(0x3fff, 1), F80::ONE), (F80::INDEFINITE, IE), "an unnormal is not a number any more");
 }
 
 #[test]
@@ -310,53 +196,19 @@ fn transcendentals_are_right_to_the_last_bit() {
     let three = f80(0x4000, 3 << 62);
     // Values computed with 400 bits elsewhere and rounded to nearest.
     let cases = [
-        (
-            "sin 1",
-            trans::fsin(&mut env, F80::ONE).unwrap(),
-            f80(0x3ffe, SIN_1),
-        ),
-        (
-            "cos 1",
-            trans::fcos(&mut env, F80::ONE).unwrap(),
-            f80(0x3ffe, COS_1),
-        ),
-        (
-            "tan 1/2",
-            trans::fptan(&mut env, half).unwrap().0,
-            f80(0x3ffe, TAN_HALF),
-        ),
-        (
-            "atan 1/3",
-            trans::fpatan(&mut env, three, F80::ONE),
-            f80(0x3ffd, ATAN_THIRD),
-        ),
-        (
-            "2^0.5 - 1",
-            trans::f2xm1(&mut env, half),
-            f80(0x3ffd, SQRT_2_LESS_1),
-        ),
-        (
-            "log2 3",
-            trans::fyl2x(&mut env, three, F80::ONE),
-            f80(0x3fff, LOG2_3),
-        ),
-        (
-            "log2(1 + 2^-70)",
-            trans::fyl2xp1(&mut env, f80(0x3fff - 70, 1 << 63), F80::ONE),
-            f80(0x3fff - 70, LOG2_E),
-        ),
+        ("sin 1", trans::fsin(&mut env, F80::ONE).unwrap(), f80(0x3ffe, SIN_1)),
+        ("cos 1", trans::fcos(&mut env, F80::ONE).unwrap(), f80(0x3ffe, COS_1)),
+        ("tan 1/2", trans::fptan(&mut env, half).unwrap().0, f80(0x3ffe, TAN_HALF)),
+        ("atan 1/3", trans::fpatan(&mut env, three, F80::ONE), f80(0x3ffd, ATAN_THIRD)),
+        ("2^0.5 - 1", trans::f2xm1(&mut env, half), f80(0x3ffd, SQRT_2_LESS_1)),
+        ("log2 3", trans::fyl2x(&mut env, three, F80::ONE), f80(0x3fff, LOG2_3)),
+        ("log2(1 + 2^-70)", trans::fyl2xp1(&mut env, f80(0x3fff - 70, 1 << 63), F80::ONE), f80(0x3fff - 70, LOG2_E)),
     ];
     for (name, got, want) in cases {
         assert_eq!(got, want, "{name}");
     }
     assert_eq!(env.raised, PE);
-    assert!(
-        trans::fsin(&mut env, f80(0x3fff + 63, 1 << 63)).is_none(),
-        "2^63 is out of range"
-    );
+    assert!(trans::fsin(&mut env, f80(0x3fff + 63, 1 << 63)).is_none(), "2^63 is out of range");
     // The operand 2^62 shows the pi of 66 bits: the sine of the exact number is another one.
-    assert_eq!(
-        trans::fsin(&mut env, f80(0x3fff + 62, 1 << 63)).unwrap(),
-        SIN_2_62
-    );
+    assert_eq!(trans::fsin(&mut env, f80(0x3fff + 62, 1 << 63)).unwrap(), SIN_2_62);
 }

@@ -46,11 +46,7 @@ const QUARTER_TURN: u128 = 0x3_243f_6a88_85a3_08d3;
 
 /// A finite number as it is.
 fn wide(u: &Unpacked) -> Wide {
-    Wide {
-        sign: u.sign,
-        exp: u.exp,
-        sig: u128::from(u.sig) << 64,
-    }
+    Wide { sign: u.sign, exp: u.exp, sig: u128::from(u.sig) << 64 }
 }
 
 /// Round a value that is not exact.
@@ -103,16 +99,12 @@ reciprocals! {
 
 /// `1 + z/a * (1 + z/b * (1 + ...))` for the reciprocals of a table.
 fn nested(z: Wide, table: &[Wide]) -> Wide {
-    table
-        .iter()
-        .fold(Wide::ONE, |sum, &r| z.mul(sum).mul(r).add(Wide::ONE))
+    table.iter().fold(Wide::ONE, |sum, &r| z.mul(sum).mul(r).add(Wide::ONE))
 }
 
 /// `1 + z/3 + z^2/5 + ...` to `terms` terms.
 fn odd_series(z: Wide, terms: usize) -> Wide {
-    ODD[ODD.len() - terms..]
-        .iter()
-        .fold(Wide::constant(0, 0), |sum, &r| sum.mul(z).add(r))
+    ODD[ODD.len() - terms..].iter().fold(Wide::constant(0, 0), |sum, &r| sum.mul(z).add(r))
 }
 
 /// F2XM1: `2^a - 1` for `-1 <= a <= 1`.
@@ -154,11 +146,7 @@ fn log2_from_ratio(s: Wide) -> Wide {
 fn log2(x: Wide) -> Wide {
     // Halve the significand above the square root of two, so that it is within a factor of it around one.
     let above = x.sig > 0xb504_f333_f9de_6484_597d_89b3_754a_be9f;
-    let (exp, m) = if above {
-        (x.exp + 1, Wide::constant(-1, x.sig))
-    } else {
-        (x.exp, Wide::constant(0, x.sig))
-    };
+    let (exp, m) = if above { (x.exp + 1, Wide::constant(-1, x.sig)) } else { (x.exp, Wide::constant(0, x.sig)) };
     let s = m.sub(Wide::ONE).div(m.add(Wide::ONE));
     Wide::int(exp).add(log2_from_ratio(s))
 }
@@ -218,10 +206,7 @@ pub(crate) fn fyl2xp1(env: &mut Env, x: F80, y: F80) -> F80 {
     if ux.is_nan() || uy.is_nan() {
         return propagate(env, &ux, &uy);
     }
-    if ux.is_infinite() && ux.sign
-        || ux.is_zero() && uy.is_infinite()
-        || ux.is_infinite() && uy.is_zero()
-    {
+    if ux.is_infinite() && ux.sign || ux.is_zero() && uy.is_infinite() || ux.is_infinite() && uy.is_zero() {
         return invalid(env);
     }
     if env.denormal(ux.denormal | uy.denormal) {
@@ -249,18 +234,11 @@ pub(crate) fn fyl2xp1(env: &mut Env, x: F80, y: F80) -> F80 {
 /// `atan(q)` for `0 < q <= 1`.
 fn atan(q: Wide) -> Wide {
     // The nearest sixteenth.
-    let nearest = if q.exp < -5 {
-        0
-    } else {
-        ((q.sig >> (122 - q.exp)) + 1) >> 1
-    } as usize;
+    let nearest = if q.exp < -5 { 0 } else { ((q.sig >> (122 - q.exp)) + 1) >> 1 } as usize;
     let (base, t) = match nearest {
         0 => (Wide::constant(0, 0), q),
         i => {
-            let c = Wide {
-                exp: -4 + Wide::int(i as i32).exp,
-                ..Wide::int(i as i32)
-            };
+            let c = Wide { exp: -4 + Wide::int(i as i32).exp, ..Wide::int(i as i32) };
             (ATAN[i - 1], q.sub(c).div(Wide::ONE.add(q.mul(c))))
         }
     };
@@ -281,10 +259,7 @@ pub(crate) fn fpatan(env: &mut Env, x: F80, y: F80) -> F80 {
     if env.denormal(ux.denormal | uy.denormal) {
         return F80::INDEFINITE;
     }
-    let steep = order(
-        &Unpacked { sign: false, ..uy },
-        &Unpacked { sign: false, ..ux },
-    );
+    let steep = order(&Unpacked { sign: false, ..uy }, &Unpacked { sign: false, ..ux });
     let flat = uy.is_zero() || ux.is_infinite() && !uy.is_infinite();
     // The angle between the point and the nearer axis, always 0 to pi/4.
     let near = if flat || ux.is_zero() || uy.is_infinite() && !ux.is_infinite() {
@@ -292,23 +267,12 @@ pub(crate) fn fpatan(env: &mut Env, x: F80, y: F80) -> F80 {
     } else if steep == Ordering::Equal {
         ATAN[15]
     } else {
-        let (small, large) = if steep == Ordering::Less {
-            (&uy, &ux)
-        } else {
-            (&ux, &uy)
-        };
+        let (small, large) = if steep == Ordering::Less { (&uy, &ux) } else { (&ux, &uy) };
         let (quotient, adjust) = divide_significands(small.sig, large.sig);
-        let q = Wide {
-            sign: false,
-            exp: small.exp - large.exp + adjust,
-            sig: quotient,
-        };
+        let q = Wide { sign: false, exp: small.exp - large.exp + adjust, sig: quotient };
         if small.exp - large.exp < -70 && !ux.sign && steep == Ordering::Less {
             // So flat that the angle is the quotient, to be rounded as slightly less than it.
-            q.sub(Wide {
-                exp: q.exp - 127,
-                ..q
-            })
+            q.sub(Wide { exp: q.exp - 127, ..q })
         } else {
             atan(q)
         }
@@ -320,13 +284,7 @@ pub(crate) fn fpatan(env: &mut Env, x: F80, y: F80) -> F80 {
         (true, false) => HALF_PI.sub(near),
         (true, true) => HALF_PI.add(near),
     };
-    finish(
-        env,
-        Wide {
-            sign: uy.sign,
-            ..angle
-        },
-    )
+    finish(env, Wide { sign: uy.sign, ..angle })
 }
 
 /// An angle reduced to at most pi/4 in magnitude, and how many quarter turns were taken off (modulo 4).
@@ -345,21 +303,10 @@ fn reduce(u: &Unpacked) -> (Wide, u32) {
     rest %= turn;
     let quarters = (2 * rest + QUARTER_TURN) / (2 * QUARTER_TURN);
     let nearest = quarters * QUARTER_TURN;
-    let (sign, magnitude) = if rest >= nearest {
-        (false, rest - nearest)
-    } else {
-        (true, nearest - rest)
-    };
+    let (sign, magnitude) = if rest >= nearest { (false, rest - nearest) } else { (true, nearest - rest) };
     let quarters = quarters as u32;
     let angle = Wide::new(sign ^ u.sign, 62, magnitude);
-    (
-        angle,
-        if u.sign {
-            quarters.wrapping_neg() & 3
-        } else {
-            quarters & 3
-        },
-    )
+    (angle, if u.sign { quarters.wrapping_neg() & 3 } else { quarters & 3 })
 }
 
 /// Sine and cosine of a reduced angle.
@@ -447,14 +394,7 @@ pub(crate) fn fptan(env: &mut Env, a: F80) -> Option<(F80, F80)> {
         Ok(u) => {
             let (sin, cos) = sin_cos_wide(&u);
             // With 66 bits of pi no number is an odd multiple of pi/2, but an operand may be one of that pi.
-            let tan = if cos.is_zero() {
-                Wide {
-                    exp: 1 << 14,
-                    ..Wide::ONE
-                }
-            } else {
-                sin.div(cos)
-            };
+            let tan = if cos.is_zero() { Wide { exp: 1 << 14, ..Wide::ONE } } else { sin.div(cos) };
             Some((finish(env, tan), F80::ONE))
         }
         Err(Trig::Zero) => Some((a, F80::ONE)),

@@ -18,11 +18,7 @@ impl Wide {
 
     /// A positive constant; `sig` has bit 127 set.
     pub(crate) const fn constant(exp: i32, sig: u128) -> Self {
-        Wide {
-            sign: false,
-            exp,
-            sig,
-        }
+        Wide { sign: false, exp, sig }
     }
 
     /// `sig / 2^127 * 2^exp`, not normalised yet.
@@ -31,11 +27,7 @@ impl Wide {
             return Wide { sign, exp: 0, sig };
         }
         let shift = sig.leading_zeros();
-        Wide {
-            sign,
-            exp: exp - shift as i32,
-            sig: sig << shift,
-        }
+        Wide { sign, exp: exp - shift as i32, sig: sig << shift }
     }
 
     /// An integer.
@@ -48,10 +40,7 @@ impl Wide {
     }
 
     pub(crate) fn neg(self) -> Self {
-        Wide {
-            sign: !self.sign,
-            ..self
-        }
+        Wide { sign: !self.sign, ..self }
     }
 
     pub(crate) fn add(self, other: Self) -> Self {
@@ -61,11 +50,7 @@ impl Wide {
         if other.is_zero() {
             return self;
         }
-        let (large, small) = if (self.exp, self.sig) >= (other.exp, other.sig) {
-            (self, other)
-        } else {
-            (other, self)
-        };
+        let (large, small) = if (self.exp, self.sig) >= (other.exp, other.sig) { (self, other) } else { (other, self) };
         if large.sign != small.sign {
             // Close numbers subtract exactly; others lose at most one leading bit.
             let distance = (large.exp - small.exp) as u32;
@@ -73,11 +58,7 @@ impl Wide {
                 let (a, b) = (large.sig, shift_right_sticky(small.sig, distance));
                 return Wide::new(large.sign, large.exp, a - b);
             }
-            return Wide::new(
-                large.sign,
-                large.exp,
-                large.sig - shift_right_sticky(small.sig, distance),
-            );
+            return Wide::new(large.sign, large.exp, large.sig - shift_right_sticky(small.sig, distance));
         }
         let a = shift_right_sticky(large.sig, 1);
         let b = shift_right_sticky(small.sig, (large.exp - small.exp) as u32 + 1);
@@ -98,17 +79,9 @@ impl Wide {
         let sign = self.sign ^ other.sign;
         let exp = self.exp + other.exp + 1;
         if high >> 127 == 1 {
-            Wide {
-                sign,
-                exp,
-                sig: high | u128::from(low != 0),
-            }
+            Wide { sign, exp, sig: high | u128::from(low != 0) }
         } else {
-            Wide::new(
-                sign,
-                exp - 1,
-                high << 1 | low >> 127 | u128::from(low << 1 != 0),
-            )
+            Wide::new(sign, exp - 1, high << 1 | low >> 127 | u128::from(low << 1 != 0))
         }
     }
 
@@ -117,31 +90,14 @@ impl Wide {
         if self.is_zero() {
             return self;
         }
-        let (a, b) = (
-            Wide {
-                sign: false,
-                ..self
-            },
-            Wide {
-                sign: false,
-                ..other
-            },
-        );
+        let (a, b) = (Wide { sign: false, ..self }, Wide { sign: false, ..other });
         // 62 good bits of the reciprocal, doubled by one Newton step; the quotient is then corrected by what it leaves.
         let seed = Wide::new(false, 62 - b.exp, u128::MAX / (b.sig >> 64));
         let reciprocal = seed.mul(Wide::int(2).sub(b.mul(seed)));
         let quotient = a.mul(reciprocal);
         let rest = a.sub(b.mul(quotient));
-        let quotient = if rest.is_zero() {
-            quotient
-        } else {
-            quotient.add(rest.mul(reciprocal))
-        };
-        Wide {
-            sign: self.sign ^ other.sign,
-            exp: quotient.exp,
-            sig: quotient.sig | 1,
-        }
+        let quotient = if rest.is_zero() { quotient } else { quotient.add(rest.mul(reciprocal)) };
+        Wide { sign: self.sign ^ other.sign, exp: quotient.exp, sig: quotient.sig | 1 }
     }
 
     /// `1 / n`, for tables.
@@ -149,10 +105,6 @@ impl Wide {
         let n = n as u128;
         let (quotient, rest) = ((1 << 127) / n, (1 << 127) % n);
         let shift = quotient.leading_zeros();
-        Wide {
-            sign: false,
-            exp: -(shift as i32),
-            sig: (quotient << shift) | ((rest << shift) / n),
-        }
+        Wide { sign: false, exp: -(shift as i32), sig: (quotient << shift) | ((rest << shift) / n) }
     }
 }

@@ -28,14 +28,8 @@ pub(crate) enum Quotient {
 /// exponents are 64 or more apart the dividend is reduced by 32 to 63 bits only.
 pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remainder {
     let (ua, ub) = (a.unpack(), b.unpack());
-    let nan = |value| Remainder {
-        value,
-        quotient: Quotient::None,
-    };
-    let whole = |value| Remainder {
-        value,
-        quotient: Quotient::Low(0),
-    };
+    let nan = |value| Remainder { value, quotient: Quotient::None };
+    let whole = |value| Remainder { value, quotient: Quotient::Low(0) };
     env.rounded_up = false;
     if ua.is_nan() || ub.is_nan() {
         return nan(propagate(env, &ua, &ub));
@@ -55,11 +49,7 @@ pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remaind
 
     // Reduce to a remainder in units of 2^(ub.exp - 63 + scale); what is left then has `scale` more bits to go.
     let partial = distance >= 64;
-    let take = if partial {
-        distance & 31 | 32
-    } else {
-        distance
-    };
+    let take = if partial { distance & 31 | 32 } else { distance };
     let scale = distance - take;
     let divisor = u128::from(ub.sig);
     let (mut quotient, mut rest) = if take < 0 {
@@ -91,11 +81,7 @@ pub(crate) fn remainder(env: &mut Env, a: F80, b: F80, nearest: bool) -> Remaind
         let shift = rest.leading_zeros();
         round(env, sign, unit + 127 - shift as i32, rest << shift)
     };
-    let quotient = if partial {
-        Quotient::Partial
-    } else {
-        Quotient::Low((quotient & 7) as u8)
-    };
+    let quotient = if partial { Quotient::Partial } else { Quotient::Low((quotient & 7) as u8) };
     Remainder { value, quotient }
 }
 
@@ -115,18 +101,10 @@ pub(crate) fn scale(env: &mut Env, a: F80, b: F80) -> F80 {
     }
     match (ua.kind, ub.kind) {
         (Kind::Zero | Kind::Infinite, _) => {
-            return if ua.is_zero() {
-                F80::zero(ua.sign)
-            } else {
-                F80::infinity(ua.sign)
-            };
+            return if ua.is_zero() { F80::zero(ua.sign) } else { F80::infinity(ua.sign) };
         }
         (_, Kind::Infinite) => {
-            return if ub.sign {
-                F80::zero(ua.sign)
-            } else {
-                F80::infinity(ua.sign)
-            };
+            return if ub.sign { F80::zero(ua.sign) } else { F80::infinity(ua.sign) };
         }
         _ => {}
     }
@@ -136,12 +114,7 @@ pub(crate) fn scale(env: &mut Env, a: F80, b: F80) -> F80 {
         exp if exp > 16 => 1 << 17,
         exp => (ub.sig >> (63 - exp)) as i32,
     };
-    round(
-        env,
-        ua.sign,
-        ua.exp + if ub.sign { -by } else { by },
-        u128::from(ua.sig) << 64,
-    )
+    round(env, ua.sign, ua.exp + if ub.sign { -by } else { by }, u128::from(ua.sig) << 64)
 }
 
 /// FXTRACT: the exponent as a number, and the significand scaled to `1 <= |x| < 2`.

@@ -128,11 +128,7 @@ pub(crate) fn pmaddubsw<V: Vector>(a: V, b: V) -> V {
 #[inline]
 pub(crate) fn psadbw<V: Vector>(a: V, b: V) -> V {
     let (a, b) = (split::<u8, V>(a), split::<u8, V>(b));
-    <V as Lanes<u64>>::build(|q| {
-        (8 * q..8 * q + 8)
-            .map(|i| u64::from(a.as_ref()[i].abs_diff(b.as_ref()[i])))
-            .sum()
-    })
+    <V as Lanes<u64>>::build(|q| (8 * q..8 * q + 8).map(|i| u64::from(a.as_ref()[i].abs_diff(b.as_ref()[i]))).sum())
 }
 
 /// MPSADBW: eight sums of four absolute differences; a block of `b` slides over `a`. `imm[1:0]` chooses the block of `b`,
@@ -141,11 +137,7 @@ pub(crate) fn psadbw<V: Vector>(a: V, b: V) -> V {
 pub(crate) fn mpsadbw(a: u128, b: u128, imm: u8) -> u128 {
     let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
     let (start, block) = (usize::from(imm >> 2 & 1) * 4, usize::from(imm & 3) * 4);
-    <u128 as Lanes<u16>>::build(|i| {
-        (0..4)
-            .map(|k| u16::from(a[start + i + k].abs_diff(b[block + k])))
-            .sum()
-    })
+    <u128 as Lanes<u16>>::build(|i| (0..4).map(|k| u16::from(a[start + i + k].abs_diff(b[block + k]))).sum())
 }
 
 /// PHMINPOSUW: the least unsigned word in bits 15:0 and its (lowest) index in bits 18:16.

@@ -23,8 +23,7 @@ const SBOX: [u8; 256] = {
     // 3 generates the field's group and 0xf6 is its inverse: walking both ways at once meets every inverse.
     let (mut p, mut q) = (1u8, 1u8);
     loop {
-        sbox[p as usize] =
-            q ^ q.rotate_left(1) ^ q.rotate_left(2) ^ q.rotate_left(3) ^ q.rotate_left(4) ^ 0x63;
+        sbox[p as usize] = q ^ q.rotate_left(1) ^ q.rotate_left(2) ^ q.rotate_left(3) ^ q.rotate_left(4) ^ 0x63;
         p = gf_mul(p, 3);
         q = gf_mul(q, 0xf6);
         if p == 1 {
@@ -68,9 +67,7 @@ static INVERSE_MIX: [u32; 256] = mix_table([14, 9, 13, 11]);
 fn mix_columns(state: u128, table: &[u32; 256]) -> u128 {
     let bytes = state.to_le_bytes();
     <u128 as Lanes<u32>>::build(|column| {
-        (0..4).fold(0, |sum, row| {
-            sum ^ table[usize::from(bytes[4 * column + row])].rotate_left(8 * row as u32)
-        })
+        (0..4).fold(0, |sum, row| sum ^ table[usize::from(bytes[4 * column + row])].rotate_left(8 * row as u32))
     })
 }
 
@@ -110,16 +107,11 @@ pub(crate) fn aesimc(key: u128) -> u128 {
 
 /// AESKEYGENASSIST.
 pub(crate) fn aeskeygenassist(key: u128, rcon: u8) -> u128 {
-    let substitute =
-        |word: u32| u32::from_le_bytes(word.to_le_bytes().map(|b| SBOX[usize::from(b)]));
+    let substitute = |word: u32| u32::from_le_bytes(word.to_le_bytes().map(|b| SBOX[usize::from(b)]));
     let words = split::<u32, u128>(key);
     <u128 as Lanes<u32>>::build(|i| {
         let word = substitute(words[i / 2 * 2 + 1]);
-        if i % 2 == 0 {
-            word
-        } else {
-            word.rotate_right(8) ^ u32::from(rcon)
-        }
+        if i % 2 == 0 { word } else { word.rotate_right(8) ^ u32::from(rcon) }
     })
 }
 
@@ -127,9 +119,7 @@ pub(crate) fn aeskeygenassist(key: u128, rcon: u8) -> u128 {
 pub(crate) fn pclmulqdq(a: u128, b: u128, imm: u8) -> u128 {
     let half = |v: u128, high: bool| if high { v >> 64 } else { u128::from(v as u64) };
     let (a, b) = (half(a, imm & 1 != 0), half(b, imm & 0x10 != 0));
-    (0..64).fold(0, |product, i| {
-        product ^ (a << i) & 0u128.wrapping_sub(b >> i & 1)
-    })
+    (0..64).fold(0, |product, i| product ^ (a << i) & 0u128.wrapping_sub(b >> i & 1))
 }
 
 /// CRC-32C's polynomial, bits reflected (SDM: 11EDC6F41H).
@@ -153,9 +143,7 @@ static CRC32C_TABLE: [u32; 256] = {
 
 /// CRC32: accumulates the bytes of the source operand, lowest first.
 pub(crate) fn crc32(crc: u32, source: &[u8]) -> u32 {
-    source.iter().fold(crc, |crc, &byte| {
-        crc >> 8 ^ CRC32C_TABLE[usize::from(crc as u8 ^ byte)]
-    })
+    source.iter().fold(crc, |crc, &byte| crc >> 8 ^ CRC32C_TABLE[usize::from(crc as u8 ^ byte)])
 }
 
 const fn choose(x: u32, y: u32, z: u32) -> u32 {
@@ -183,22 +171,14 @@ fn from_words_down(words: [u32; 4]) -> u128 {
 /// SHA1RNDS4: four rounds; `imm[1:0]` chooses function and constant.
 pub(crate) fn sha1rnds4(state: u128, source: u128, imm: u8) -> u128 {
     type Round = fn(u32, u32, u32) -> u32;
-    const ROUNDS: [(Round, u32); 4] = [
-        (choose, 0x5a82_7999),
-        (parity, 0x6ed9_eba1),
-        (majority, 0x8f1b_bcdc),
-        (parity, 0xca62_c1d6),
-    ];
+    const ROUNDS: [(Round, u32); 4] =
+        [(choose, 0x5a82_7999), (parity, 0x6ed9_eba1), (majority, 0x8f1b_bcdc), (parity, 0xca62_c1d6)];
     let (f, k) = ROUNDS[usize::from(imm & 3)];
     let [mut a, mut b, mut c, mut d] = words_down(state);
     // E is already in the first word of the source (SHA1NEXTE put it there).
     let mut e = 0u32;
     for word in words_down(source) {
-        let next = f(b, c, d)
-            .wrapping_add(a.rotate_left(5))
-            .wrapping_add(word)
-            .wrapping_add(e)
-            .wrapping_add(k);
+        let next = f(b, c, d).wrapping_add(a.rotate_left(5)).wrapping_add(word).wrapping_add(e).wrapping_add(k);
         (a, b, c, d, e) = (next, a, b.rotate_left(30), c, d);
     }
     from_words_down([a, b, c, d])
@@ -229,16 +209,12 @@ pub(crate) fn sha1msg2(a: u128, b: u128) -> u128 {
 
 /// SHA256RNDS2: two rounds; `keys` is XMM0, whose two low words are message plus constant.
 pub(crate) fn sha256rnds2(a: u128, b: u128, keys: u128) -> u128 {
-    let ([mut c, mut d, mut g, mut h], [mut a, mut b, mut e, mut f]) =
-        (words_down(a), words_down(b));
+    let ([mut c, mut d, mut g, mut h], [mut a, mut b, mut e, mut f]) = (words_down(a), words_down(b));
     let keys = split::<u32, u128>(keys);
     for key in &keys[..2] {
         let sum1 = e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25);
         let sum0 = a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22);
-        let t1 = choose(e, f, g)
-            .wrapping_add(sum1)
-            .wrapping_add(*key)
-            .wrapping_add(h);
+        let t1 = choose(e, f, g).wrapping_add(sum1).wrapping_add(*key).wrapping_add(h);
         let t2 = majority(a, b, c).wrapping_add(sum0);
         (a, b, c, d, e, f, g, h) = (t1.wrapping_add(t2), a, b, c, d.wrapping_add(t1), e, f, g);
     }
@@ -262,12 +238,7 @@ pub(crate) fn sha256msg2(a: u128, b: u128) -> u128 {
     let (a, b) = (split::<u32, u128>(a), split::<u32, u128>(b));
     let w16 = a[0].wrapping_add(sigma1(b[2]));
     let w17 = a[1].wrapping_add(sigma1(b[3]));
-    let words = [
-        w16,
-        w17,
-        a[2].wrapping_add(sigma1(w16)),
-        a[3].wrapping_add(sigma1(w17)),
-    ];
+    let words = [w16, w17, a[2].wrapping_add(sigma1(w16)), a[3].wrapping_add(sigma1(w17))];
     <u128 as Lanes<u32>>::build(|i| words[i])
 }
 
@@ -277,10 +248,7 @@ mod tests {
 
     #[test]
     fn the_sbox_is_the_one_of_fips_197() {
-        assert_eq!(
-            (SBOX[0], SBOX[1], SBOX[0x53], SBOX[0xff]),
-            (0x63, 0x7c, 0xed, 0x16)
-        );
+        assert_eq!((SBOX[0], SBOX[1], SBOX[0x53], SBOX[0xff]), (0x63, 0x7c, 0xed, 0x16));
         for i in 0..=255u8 {
             assert_eq!(INVERSE_SBOX[usize::from(SBOX[usize::from(i)])], i);
         }
@@ -290,13 +258,9 @@ mod tests {
     fn aes_encrypts_the_example_of_fips_197() {
         // Appendix A.1 (key expansion) and appendix B (cipher).
         let key = u128::from_le_bytes(0x2b7e151628aed2a6abf7158809cf4f3cu128.to_be_bytes());
-        let mut state =
-            u128::from_le_bytes(0x3243f6a8885a308d313198a2e0370734u128.to_be_bytes()) ^ key;
+        let mut state = u128::from_le_bytes(0x3243f6a8885a308d313198a2e0370734u128.to_be_bytes()) ^ key;
         let mut round_key = key;
-        for (round, rcon) in [1, 2, 4, 8, 16, 32, 64, 128, 0x1b, 0x36]
-            .into_iter()
-            .enumerate()
-        {
+        for (round, rcon) in [1, 2, 4, 8, 16, 32, 64, 128, 0x1b, 0x36].into_iter().enumerate() {
             let assist = split::<u32, u128>(aeskeygenassist(round_key, rcon))[3];
             let mut previous = assist;
             let old = split::<u32, u128>(round_key);
@@ -304,11 +268,7 @@ mod tests {
                 previous ^= old[i];
                 previous
             });
-            state = if round == 9 {
-                aesenclast(state, round_key)
-            } else {
-                aesenc(state, round_key)
-            };
+            state = if round == 9 { aesenclast(state, round_key) } else { aesenc(state, round_key) };
         }
         let expected = 0x3925841d02dc09fbdc118597196a0b32u128;
         assert_eq!(u128::from_be_bytes(state.to_le_bytes()), expected);

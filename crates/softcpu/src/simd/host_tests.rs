@@ -11,9 +11,10 @@ struct Random(u64);
 
 impl Random {
     fn new(name: &str) -> Self {
-        Self(name.bytes().fold(0x9e37_79b9_7f4a_7c15, |seed, b| {
-            (seed ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3) | 1
-        }))
+        Self(
+            name.bytes()
+                .fold(0x9e37_79b9_7f4a_7c15, |seed, b| (seed ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3) | 1),
+        )
     }
 
     fn next(&mut self) -> u64 {
@@ -364,10 +365,7 @@ fn crc32_accumulates_each_operand_size() {
 
 /// RFLAGS as PCMPxSTRx sets it, from a result.
 fn string_flags(result: &StringCompare) -> u64 {
-    u64::from(result.cf)
-        | u64::from(result.zf) << 6
-        | u64::from(result.sf) << 7
-        | u64::from(result.of) << 11
+    u64::from(result.cf) | u64::from(result.zf) << 6 | u64::from(result.sf) << 7 | u64::from(result.of) << 11
 }
 
 const ARITHMETIC_FLAGS: u64 = 0x8d5;

@@ -38,13 +38,7 @@ pub(crate) fn packusdw<V: Vector>(a: V, b: V) -> V {
 #[inline]
 fn interleave<L: Copy, V: Lanes<L>>(a: V, b: V, from: usize) -> V {
     let (a, b) = (a.split(), b.split());
-    V::build(|i| {
-        if i % 2 == 0 {
-            a.as_ref()[from + i / 2]
-        } else {
-            b.as_ref()[from + i / 2]
-        }
-    })
+    V::build(|i| if i % 2 == 0 { a.as_ref()[from + i / 2] } else { b.as_ref()[from + i / 2] })
 }
 
 macro_rules! unpacks {
@@ -133,11 +127,7 @@ pub(crate) fn pshufb<V: Vector>(a: V, selectors: V) -> V {
     let (a, s) = (split::<u8, V>(a), split::<u8, V>(selectors));
     <V as Lanes<u8>>::build(|i| {
         let s = s.as_ref()[i];
-        if s & 0x80 != 0 {
-            0
-        } else {
-            a.as_ref()[usize::from(s) % <V as Lanes<u8>>::COUNT]
-        }
+        if s & 0x80 != 0 { 0 } else { a.as_ref()[usize::from(s) % <V as Lanes<u8>>::COUNT] }
     })
 }
 
@@ -148,10 +138,7 @@ pub(crate) fn palignr<V: Vector>(a: V, b: V, count: u8) -> V {
     let (a, b) = (a.as_ref(), b.as_ref());
     <V as Lanes<u8>>::build(|i| {
         let from = i + usize::from(count);
-        b.get(from)
-            .or_else(|| a.get(from - b.len()))
-            .copied()
-            .unwrap_or(0)
+        b.get(from).or_else(|| a.get(from - b.len())).copied().unwrap_or(0)
     })
 }
 
@@ -162,13 +149,7 @@ where
     u128: Lanes<L>,
 {
     let (a, b) = (split::<L, u128>(a), split::<L, u128>(b));
-    <u128 as Lanes<L>>::build(|i| {
-        if from_b(i) {
-            b.as_ref()[i]
-        } else {
-            a.as_ref()[i]
-        }
-    })
+    <u128 as Lanes<L>>::build(|i| if from_b(i) { b.as_ref()[i] } else { a.as_ref()[i] })
 }
 
 /// PBLENDW.
@@ -231,10 +212,7 @@ pub(crate) fn movmskpd(a: u128) -> u32 {
 #[inline]
 fn sign_mask<L: Copy, V: Lanes<L>>(a: V, negative: impl Fn(L) -> bool) -> u32 {
     let a = a.split();
-    a.as_ref()
-        .iter()
-        .enumerate()
-        .fold(0, |mask, (i, &lane)| mask | u32::from(negative(lane)) << i)
+    a.as_ref().iter().enumerate().fold(0, |mask, (i, &lane)| mask | u32::from(negative(lane)) << i)
 }
 
 /// Replaces one lane (PINSRB/W/D/Q); of `index` only as many bits count as lanes need.

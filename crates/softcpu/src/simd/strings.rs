@@ -44,10 +44,7 @@ fn elements(v: u128, imm: u8) -> ([i32; 16], usize) {
 pub(crate) fn pcmpistr(a: u128, b: u128, imm: u8) -> StringCompare {
     let length = |v| {
         let (elements, count) = elements(v, imm);
-        elements[..count]
-            .iter()
-            .position(|&e| e == 0)
-            .unwrap_or(count)
+        elements[..count].iter().position(|&e| e == 0).unwrap_or(count)
     };
     compare(a, length(a), b, length(b), imm)
 }
@@ -67,19 +64,12 @@ fn compare(a: u128, a_length: usize, b: u128, b_length: usize, imm: u8) -> Strin
     // ended and "equal ordered" where the pattern has (SDM volume 2, 4.1.6 "Valid/Invalid Override of Comparisons").
     let matches = |j: usize| match imm >> 2 & 3 {
         0 => j < b_length && a.contains(&b[j]),
-        1 => {
-            j < b_length
-                && a.chunks_exact(2)
-                    .any(|range| (range[0]..=range[1]).contains(&b[j]))
-        }
+        1 => j < b_length && a.chunks_exact(2).any(|range| (range[0]..=range[1]).contains(&b[j])),
         2 => match (j < a_length, j < b_length) {
             (true, true) => a[j] == b[j],
             (ours, theirs) => ours == theirs,
         },
-        _ => a
-            .iter()
-            .zip(j..count)
-            .all(|(&e, k)| k < b_length && e == b[k]),
+        _ => a.iter().zip(j..count).all(|(&e, k)| k < b_length && e == b[k]),
     };
     let raw = (0..count).fold(0u32, |bits, j| bits | u32::from(matches(j)) << j);
     let result = match imm >> 4 & 3 {
@@ -98,12 +88,5 @@ fn compare(a: u128, a_length: usize, b: u128, b_length: usize, imm: u8) -> Strin
         (true, 8) => <u128 as Lanes<u16>>::build(|i| 0u16.wrapping_sub((result >> i & 1) as u16)),
         (true, _) => <u128 as Lanes<u8>>::build(|i| 0u8.wrapping_sub((result >> i & 1) as u8)),
     };
-    StringCompare {
-        index,
-        mask,
-        cf: result != 0,
-        zf: b_length < count,
-        sf: a_length < count,
-        of: result & 1 != 0,
-    }
+    StringCompare { index, mask, cf: result != 0, zf: b_length < count, sf: a_length < count, of: result & 1 != 0 }
 }

@@ -25,30 +25,20 @@ fn guest_memory() -> GuestRegion {
 
 fn library_vm(memory: &GuestRegion) -> (AccelKvm, Box<dyn VcpuOps>) {
     let mut vm = AccelKvm::new().expect("a virtual machine");
-    vm.map_memory(0, memory, MemoryFlags::RAM)
-        .expect("a mapping");
+    vm.map_memory(0, memory, MemoryFlags::RAM).expect("a mapping");
     let mut vcpu = vm.create_vcpu(0).expect("a vCPU");
     let x86 = vcpu.as_x86().expect("an x86-64 vCPU");
     let mut sregs = x86.get_sregs().expect("special registers");
-    sregs.cs = Segment {
-        segment_type: 0xb,
-        ..Segment::real_mode(0)
-    };
+    sregs.cs = Segment { segment_type: 0xb, ..Segment::real_mode(0) };
     x86.set_sregs(&sregs).expect("special registers");
-    vcpu.set_regs(&GuestRegs {
-        pc: ENTRY,
-        flags: 2,
-        ..GuestRegs::default()
-    })
-    .expect("registers");
+    vcpu.set_regs(&GuestRegs { pc: ENTRY, flags: 2, ..GuestRegs::default() }).expect("registers");
     (vm, vcpu)
 }
 
 fn raw_vm(kvm: &Kvm, memory: &GuestRegion) -> (VmFd, VcpuFd) {
     let vm = kvm.create_vm().expect("a virtual machine");
     // What a careful VMM sets on Intel CPUs, and the library does too.
-    vm.set_identity_map_address(0xfeff_c000)
-        .expect("identity map");
+    vm.set_identity_map_address(0xfeff_c000).expect("identity map");
     vm.set_tss_address(0xfeff_d000).expect("TSS");
     let region = kvm_userspace_memory_region {
         slot: 0,
@@ -111,12 +101,7 @@ fn time(n: u32, mut work: impl FnMut()) -> Duration {
 }
 
 /// Runs both sides in turns; prints the median ratio and the middle half of the ratios.
-fn compare(
-    name: &str,
-    criterion: &mut Criterion,
-    mut library: impl FnMut(),
-    mut raw: impl FnMut(),
-) {
+fn compare(name: &str, criterion: &mut Criterion, mut library: impl FnMut(), mut raw: impl FnMut()) {
     let mut n = 1;
     while time(n, &mut raw) < ROUND {
         n *= 2;
@@ -136,12 +121,7 @@ fn compare(
         .collect();
     ratios.sort_by(f64::total_cmp);
     let at = |part: usize| ratios[ROUNDS * part / 4];
-    println!(
-        "ratio {name}: {:.3} of raw kvm-ioctls (middle half {:.3} to {:.3})",
-        at(2),
-        at(1),
-        at(3)
-    );
+    println!("ratio {name}: {:.3} of raw kvm-ioctls (middle half {:.3} to {:.3})", at(2), at(1), at(3));
     let mut group = criterion.benchmark_group(name);
     group.bench_function("vm-accel", |bencher| bencher.iter(&mut library));
     group.bench_function("kvm-ioctls", |bencher| bencher.iter(&mut raw));
@@ -162,12 +142,7 @@ pub(crate) fn main() {
         let memory = guest_memory();
         let (_vm, mut ours) = library_vm(&memory);
         let (_raw_vm, mut theirs) = raw_vm(&kvm, &memory);
-        compare(
-            "exit",
-            &mut criterion,
-            || library_exit(ours.as_mut()),
-            || raw_exit(&mut theirs),
-        );
+        compare("exit", &mut criterion, || library_exit(ours.as_mut()), || raw_exit(&mut theirs));
         compare(
             "exit + read and write all GPRs",
             &mut criterion,

@@ -12,10 +12,7 @@ pub(super) struct Event {
 
 impl Event {
     pub(super) fn new() -> VcpuResult<Self> {
-        Ok(Self {
-            count: Mutex::new(0),
-            signalled: Condvar::new(),
-        })
+        Ok(Self { count: Mutex::new(0), signalled: Condvar::new() })
     }
 
     pub(super) fn signal(&self) -> VcpuResult<()> {
@@ -36,18 +33,14 @@ impl Event {
             if let Some(taken) = take(&mut count) {
                 return Ok(Some(taken));
             }
-            count =
-                match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                    None => self
-                        .signalled
-                        .wait(count)
-                        .unwrap_or_else(PoisonError::into_inner),
-                    Some(rest) if rest.is_zero() => return Ok(None),
-                    Some(rest) => {
-                        let woken = self.signalled.wait_timeout(count, rest);
-                        woken.unwrap_or_else(PoisonError::into_inner).0
-                    }
-                };
+            count = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                None => self.signalled.wait(count).unwrap_or_else(PoisonError::into_inner),
+                Some(rest) if rest.is_zero() => return Ok(None),
+                Some(rest) => {
+                    let woken = self.signalled.wait_timeout(count, rest);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
 

@@ -41,9 +41,7 @@ impl Event {
         let mut count = [0; 8];
         loop {
             // SAFETY: the descriptor is open and the buffer has room for the eight bytes that are read.
-            if unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) }
-                >= 0
-            {
+            if unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) } >= 0 {
                 return Ok(Some(u64::from_ne_bytes(count)));
             }
             let error = io::Error::last_os_error();
@@ -62,19 +60,13 @@ impl Event {
             if let Some(count) = self.try_take()? {
                 return Ok(Some(count));
             }
-            let timeout = match deadline
-                .map(|deadline| deadline.saturating_duration_since(Instant::now()))
-            {
+            let timeout = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
                 None => -1,
                 Some(rest) if rest.is_zero() => return Ok(None),
                 // Rounded up, so as not to spin in the last millisecond; longer waits take several rounds.
                 Some(rest) => i32::try_from(rest.as_millis().saturating_add(1)).unwrap_or(i32::MAX),
             };
-            let mut poll = libc::pollfd {
-                fd: self.0.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            };
+            let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one entry, as stated, that lives through the call.
             if unsafe { libc::poll(&mut poll, 1, timeout) } < 0 {
                 let error = io::Error::last_os_error();

@@ -102,10 +102,7 @@ mod tests {
     fn a_wait_without_signal_ends_with_none() {
         let event = HostEvent::new().unwrap();
         assert_eq!(event.wait_timeout(Duration::ZERO).unwrap(), None);
-        assert_eq!(
-            event.wait_timeout(Duration::from_micros(100)).unwrap(),
-            None
-        );
+        assert_eq!(event.wait_timeout(Duration::from_micros(100)).unwrap(), None);
         event.signal().unwrap();
         assert_eq!(event.wait_timeout(Duration::ZERO).unwrap(), Some(1));
         event.signal().unwrap();

@@ -70,11 +70,7 @@ pub(crate) unsafe fn ioctl(fd: RawFd, request: c_ulong, argument: c_ulong) -> Re
     // SAFETY: the caller vouches for the argument; a wrong descriptor is an error, not a fault. The cast suits both
     // libcs: glibc's request is an unsigned long, musl's an int that holds the same 32 bits.
     let answer = unsafe { libc::ioctl(fd, request as _, argument) };
-    if answer < 0 {
-        Err(last_errno())
-    } else {
-        Ok(answer)
-    }
+    if answer < 0 { Err(last_errno()) } else { Ok(answer) }
 }
 
 /// This thread's `errno`.

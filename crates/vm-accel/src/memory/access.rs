@@ -96,10 +96,7 @@ impl_guest_word!(u8 => AtomicU8, u16 => AtomicU16, u32 => AtomicU32, u64 => Atom
 pub(super) fn check_load_order(order: Ordering) -> VcpuResult<()> {
     match order {
         Ordering::Relaxed | Ordering::Acquire | Ordering::SeqCst => Ok(()),
-        _ => Err(AccelError::invalid(
-            "memory order",
-            format!("a load cannot be {order:?}"),
-        )),
+        _ => Err(AccelError::invalid("memory order", format!("a load cannot be {order:?}"))),
     }
 }
 
@@ -108,10 +105,7 @@ pub(super) fn check_load_order(order: Ordering) -> VcpuResult<()> {
 pub(super) fn check_store_order(order: Ordering) -> VcpuResult<()> {
     match order {
         Ordering::Relaxed | Ordering::Release | Ordering::SeqCst => Ok(()),
-        _ => Err(AccelError::invalid(
-            "memory order",
-            format!("a store cannot be {order:?}"),
-        )),
+        _ => Err(AccelError::invalid("memory order", format!("a store cannot be {order:?}"))),
     }
 }
 
@@ -195,9 +189,7 @@ pub(super) unsafe fn write(dst: *mut u8, src: &[u8]) {
         // SAFETY: `word_shift` chose a width that is aligned at `at` and ends within the caller's range.
         unsafe {
             match *word {
-                [a, b, c, d, e, f, g, h] => {
-                    store_bytes(at, u64::from_le_bytes([a, b, c, d, e, f, g, h]))
-                }
+                [a, b, c, d, e, f, g, h] => store_bytes(at, u64::from_le_bytes([a, b, c, d, e, f, g, h])),
                 [a, b, c, d] => store_bytes(at, u32::from_le_bytes([a, b, c, d])),
                 [a, b] => store_bytes(at, u16::from_le_bytes([a, b])),
                 _ => store_bytes(at, word[0]),
@@ -259,12 +251,7 @@ mod tests {
                 }
                 assert_eq!(back, data, "offset {offset}, length {len}");
                 assert_eq!(&all[offset..offset + len], &data[..]);
-                assert!(
-                    all[..offset]
-                        .iter()
-                        .chain(&all[offset + len..])
-                        .all(|byte| *byte == 0xee)
-                );
+                assert!(all[..offset].iter().chain(&all[offset + len..]).all(|byte| *byte == 0xee));
             }
         }
     }

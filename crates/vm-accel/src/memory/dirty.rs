@@ -19,10 +19,7 @@ fn masks(pages: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     (pages.start / BITS..pages.end.div_ceil(BITS)).map(move |word| {
         let first = pages.start.saturating_sub(word * BITS);
         let last = (pages.end - word * BITS).min(BITS);
-        (
-            word as usize,
-            (u64::MAX << first) & (u64::MAX >> (BITS - last)),
-        )
+        (word as usize, (u64::MAX << first) & (u64::MAX >> (BITS - last)))
     })
 }
 
@@ -37,11 +34,7 @@ pub(super) struct HostDirty {
 impl HostDirty {
     /// Tracking for a region of `len` bytes, switched off.
     pub(super) fn new(len: u64) -> Self {
-        Self {
-            enabled: AtomicBool::new(false),
-            pages: len.div_ceil(DIRTY_PAGE_SIZE),
-            words: OnceLock::new(),
-        }
+        Self { enabled: AtomicBool::new(false), pages: len.div_ceil(DIRTY_PAGE_SIZE), words: OnceLock::new() }
     }
 
     pub(super) fn is_enabled(&self) -> bool {
@@ -51,11 +44,7 @@ impl HostDirty {
     /// Switches tracking; switching on what was off starts with no page dirty.
     pub(super) fn enable(&self, on: bool) {
         if on && !self.is_enabled() {
-            self.words.get_or_init(|| {
-                (0..self.pages.div_ceil(BITS))
-                    .map(|_| AtomicU64::new(0))
-                    .collect()
-            });
+            self.words.get_or_init(|| (0..self.pages.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect());
             drop(self.take());
         }
         self.enabled.store(on, Ordering::SeqCst);
@@ -73,9 +62,7 @@ impl HostDirty {
     #[cold]
     fn mark_enabled(&self, offset: u64, len: u64) {
         if let Some(words) = self.words.get() {
-            for (word, mask) in
-                masks(offset / DIRTY_PAGE_SIZE..(offset + len).div_ceil(DIRTY_PAGE_SIZE))
-            {
+            for (word, mask) in masks(offset / DIRTY_PAGE_SIZE..(offset + len).div_ceil(DIRTY_PAGE_SIZE)) {
                 // Release pairs with the Acquire in `take`. Never skipped for a bit that is already set: a taker may
                 // be between clearing it and copying the page, and would miss this write.
                 words[word].fetch_or(mask, Ordering::Release);
@@ -98,17 +85,10 @@ impl HostDirty {
         let len = self.pages.div_ceil(BITS) as usize;
         let words = match self.words.get() {
             // AcqRel: see `mark`.
-            Some(words) => words
-                .iter()
-                .map(|word| word.swap(0, Ordering::AcqRel))
-                .collect(),
+            Some(words) => words.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect(),
             None => vec![0; len],
         };
-        DirtyBitmap {
-            base: 0,
-            pages: self.pages,
-            words,
-        }
+        DirtyBitmap { base: 0, pages: self.pages, words }
     }
 }
 
@@ -152,11 +132,7 @@ impl DirtyBitmap {
         }
         check_end(base, len)?;
         let pages = len / DIRTY_PAGE_SIZE;
-        Ok(Self {
-            base,
-            pages,
-            words: vec![0; pages.div_ceil(BITS) as usize],
-        })
+        Ok(Self { base, pages, words: vec![0; pages.div_ceil(BITS) as usize] })
     }
 
     /// An accelerator's log of `len` bytes from `base` on: bit n of word m stands for page 64 m + n of `log_page_size`
@@ -177,10 +153,7 @@ impl DirtyBitmap {
         let Some(log) = log.get(..needed as usize) else {
             return Err(AccelError::invalid(
                 "dirty log",
-                format!(
-                    "{} words are too few, {len:#x} bytes need {needed}",
-                    log.len()
-                ),
+                format!("{} words are too few, {len:#x} bytes need {needed}", log.len()),
             ));
         };
         let log = SetBits { words: log };
@@ -244,10 +217,7 @@ impl DirtyBitmap {
     /// Dirty pages.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| u64::from(word.count_ones()))
-            .sum()
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// True if the page that holds `address` is dirty; false for an address outside.
@@ -283,28 +253,19 @@ impl DirtyBitmap {
         for range in other.ranges() {
             self.pages_of(range.start, range.end - range.start)?;
         }
-        other
-            .ranges()
-            .try_for_each(|range| self.set(range.start, range.end - range.start))
+        other.ranges().try_for_each(|range| self.set(range.start, range.end - range.start))
     }
 
     /// The dirty addresses in ascending order; pages next to each other are one range.
     #[must_use]
     pub fn ranges(&self) -> DirtyRanges<'_> {
-        DirtyRanges {
-            bitmap: self,
-            from: 0,
-        }
+        DirtyRanges { bitmap: self, from: 0 }
     }
 
     fn pages_of(&self, address: u64, len: u64) -> VcpuResult<Range<u64>> {
         address
             .checked_sub(self.base)
-            .filter(|offset| {
-                offset
-                    .checked_add(len)
-                    .is_some_and(|end| end <= self.size())
-            })
+            .filter(|offset| offset.checked_add(len).is_some_and(|end| end <= self.size()))
             .map(|offset| match len {
                 0 => 0..0,
                 _ => offset / DIRTY_PAGE_SIZE..(offset + len).div_ceil(DIRTY_PAGE_SIZE),
@@ -387,9 +348,7 @@ impl Iterator for DirtyRanges<'_> {
     type Item = Range<u64>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let bits = SetBits {
-            words: &self.bitmap.words,
-        };
+        let bits = SetBits { words: &self.bitmap.words };
         let run = bits.next_run(self.from)?;
         self.from = run.end;
         let address = |page: u64| self.bitmap.base + page * DIRTY_PAGE_SIZE;
@@ -418,15 +377,10 @@ mod tests {
     #[test]
     fn ranges_join_over_word_borders_and_reach_the_last_page() {
         let mut bitmap = DirtyBitmap::new(0, 200 * DIRTY_PAGE_SIZE).unwrap();
-        bitmap
-            .set(60 * DIRTY_PAGE_SIZE, 80 * DIRTY_PAGE_SIZE)
-            .unwrap();
+        bitmap.set(60 * DIRTY_PAGE_SIZE, 80 * DIRTY_PAGE_SIZE).unwrap();
         bitmap.set(199 * DIRTY_PAGE_SIZE, 1).unwrap();
         let page = |n: u64| n * DIRTY_PAGE_SIZE;
-        assert_eq!(
-            ranges(&bitmap),
-            vec![page(60)..page(140), page(199)..page(200)]
-        );
+        assert_eq!(ranges(&bitmap), vec![page(60)..page(140), page(199)..page(200)]);
         assert_eq!(bitmap.count(), 81);
         let full = DirtyBitmap::from_log(0, page(128), &[u64::MAX; 2], 4096).unwrap();
         assert_eq!(ranges(&full), vec![0..page(128)]);
@@ -435,13 +389,7 @@ mod tests {
     #[test]
     fn ranges_outside_change_nothing() {
         let mut bitmap = DirtyBitmap::new(0x1000, 0x2000).unwrap();
-        for (address, len) in [
-            (0, 1),
-            (0x3000, 1),
-            (0x2fff, 2),
-            (0x1000, u64::MAX),
-            (u64::MAX, 2),
-        ] {
+        for (address, len) in [(0, 1), (0x3000, 1), (0x2fff, 2), (0x1000, u64::MAX), (u64::MAX, 2)] {
             assert!(bitmap.set(address, len).is_err(), "{address:#x} + {len:#x}");
         }
         bitmap.set(0x3000, 0).unwrap();
@@ -461,8 +409,7 @@ mod tests {
     #[test]
     fn garbage_beyond_the_log_is_ignored() {
         for page_size in [0x1000, 0x4000, 0x10000, 1 << 63] {
-            let bitmap =
-                DirtyBitmap::from_log(0, 0x3000, &[u64::MAX, u64::MAX], page_size).unwrap();
+            let bitmap = DirtyBitmap::from_log(0, 0x3000, &[u64::MAX, u64::MAX], page_size).unwrap();
             assert_eq!(bitmap.count(), 3);
             assert_eq!(bitmap.words(), &[0b111]);
         }
@@ -472,10 +419,7 @@ mod tests {
     fn a_log_that_is_too_short_or_of_odd_pages_is_refused() {
         assert!(DirtyBitmap::from_log(0, 65 * 0x1000, &[0], 0x1000).is_err());
         for page_size in [0, 0x800, 0x1800, u64::MAX] {
-            assert!(
-                DirtyBitmap::from_log(0, 0x1000, &[0], page_size).is_err(),
-                "{page_size:#x}"
-            );
+            assert!(DirtyBitmap::from_log(0, 0x1000, &[0], page_size).is_err(), "{page_size:#x}");
         }
     }
 

@@ -8,25 +8,15 @@ use std::io;
 ///
 /// # Safety
 /// `ptr` and `len` are page aligned and lie in a live private mapping of the caller, of the `backing` that it states.
-pub(super) unsafe fn discard(
-    ptr: *mut u8,
-    len: usize,
-    backing: Option<FileMapping>,
-) -> VcpuResult<()> {
+pub(super) unsafe fn discard(ptr: *mut u8, len: usize, backing: Option<FileMapping>) -> VcpuResult<()> {
     if matches!(backing, Some(FileMapping::Shared | FileMapping::ReadOnly)) {
         // The bytes live in the file: dropping the mapping's pages would free nothing for good.
-        return Err(AccelError::Unsupported {
-            kind: None,
-            what: "discarding memory that lives in a file",
-        });
+        return Err(AccelError::Unsupported { kind: None, what: "discarding memory that lives in a file" });
     }
     // SAFETY: the caller vouches for the range. MADV_DONTNEED of a private mapping changes the bytes, as a write
     // of another thread would; nothing holds references to them.
     if unsafe { libc::madvise(ptr.cast(), len, libc::MADV_DONTNEED) } != 0 {
-        return Err(AccelError::host(
-            "madvise(MADV_DONTNEED)",
-            &io::Error::last_os_error(),
-        ));
+        return Err(AccelError::host("madvise(MADV_DONTNEED)", &io::Error::last_os_error()));
     }
     Ok(())
 }

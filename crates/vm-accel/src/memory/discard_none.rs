@@ -10,13 +10,6 @@ use crate::error::{AccelError, VcpuResult};
 ///
 /// # Safety
 /// None is needed; the Linux form of this function has requirements.
-pub(super) unsafe fn discard(
-    _ptr: *mut u8,
-    _len: usize,
-    _backing: Option<FileMapping>,
-) -> VcpuResult<()> {
-    Err(AccelError::Unsupported {
-        kind: None,
-        what: "discarding guest memory on this operating system",
-    })
+pub(super) unsafe fn discard(_ptr: *mut u8, _len: usize, _backing: Option<FileMapping>) -> VcpuResult<()> {
+    Err(AccelError::Unsupported { kind: None, what: "discarding guest memory on this operating system" })
 }

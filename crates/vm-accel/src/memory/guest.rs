@@ -102,18 +102,13 @@ impl GuestMemory {
         if gpa % page != 0 {
             return Err(AccelError::invalid(
                 "guest physical address",
-                format!(
-                    "{gpa:#x} of the region is not a multiple of the host's page size {page:#x}"
-                ),
+                format!("{gpa:#x} of the region is not a multiple of the host's page size {page:#x}"),
             ));
         }
         let Some(end) = gpa.checked_add(region.size()) else {
             return Err(AccelError::invalid(
                 "guest physical address",
-                format!(
-                    "a region of {:#x} bytes at {gpa:#x} ends beyond the address space",
-                    region.size()
-                ),
+                format!("a region of {:#x} bytes at {gpa:#x} ends beyond the address space", region.size()),
             ));
         };
         let mut regions = self.lock_for_change();
@@ -121,11 +116,7 @@ impl GuestMemory {
         if let Some(other) = regions.get(at).filter(|other| other.gpa < end) {
             return Err(AccelError::invalid(
                 "guest physical address",
-                format!(
-                    "the region [{gpa:#x}, {end:#x}) overlaps the region [{:#x}, {:#x})",
-                    other.gpa,
-                    other.end()
-                ),
+                format!("the region [{gpa:#x}, {end:#x}) overlaps the region [{:#x}, {:#x})", other.gpa, other.end()),
             ));
         }
         regions.insert(at, Placed { gpa, region });
@@ -140,20 +131,14 @@ impl GuestMemory {
         let mut regions = self.lock_for_change();
         match regions.binary_search_by_key(&gpa, |placed| placed.gpa) {
             Ok(at) => Ok(regions.remove(at).region),
-            Err(_) => Err(AccelError::invalid(
-                "guest physical address",
-                format!("no region starts at {gpa:#x}"),
-            )),
+            Err(_) => Err(AccelError::invalid("guest physical address", format!("no region starts at {gpa:#x}"))),
         }
     }
 
     /// The regions and where they start, in ascending order.
     #[must_use]
     pub fn regions(&self) -> Vec<(u64, GuestRegion)> {
-        self.lock()
-            .iter()
-            .map(|placed| (placed.gpa, placed.region.clone()))
-            .collect()
+        self.lock().iter().map(|placed| (placed.gpa, placed.region.clone())).collect()
     }
 
     /// The region that holds `gpa`, and the offset of `gpa` in it.
@@ -175,14 +160,9 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if not all of the range is memory; `buf` is left alone then.
     pub fn read(&self, gpa: u64, buf: &mut [u8]) -> VcpuResult<()> {
-        self.access(
-            gpa,
-            buf.len() as u64,
-            Access::Read,
-            |region, offset, part| {
-                region.read(offset, &mut buf[part.start as usize..part.end as usize])
-            },
-        )
+        self.access(gpa, buf.len() as u64, Access::Read, |region, offset, part| {
+            region.read(offset, &mut buf[part.start as usize..part.end as usize])
+        })
     }
 
     /// Copies `data` into guest memory.
@@ -190,14 +170,9 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] if not all of the range is memory that can be written; nothing is written then.
     pub fn write(&self, gpa: u64, data: &[u8]) -> VcpuResult<()> {
-        self.access(
-            gpa,
-            data.len() as u64,
-            Access::Write,
-            |region, offset, part| {
-                region.write(offset, &data[part.start as usize..part.end as usize])
-            },
-        )
+        self.access(gpa, data.len() as u64, Access::Write, |region, offset, part| {
+            region.write(offset, &data[part.start as usize..part.end as usize])
+        })
     }
 
     /// Sets `len` bytes of guest memory to `byte`.
@@ -205,9 +180,7 @@ impl GuestMemory {
     /// # Errors
     /// As for [`write`](Self::write).
     pub fn fill(&self, gpa: u64, len: u64, byte: u8) -> VcpuResult<()> {
-        self.access(gpa, len, Access::Write, |region, offset, part| {
-            region.fill(offset, part.end - part.start, byte)
-        })
+        self.access(gpa, len, Access::Write, |region, offset, part| region.fill(offset, part.end - part.start, byte))
     }
 
     word_accessors! {
@@ -222,9 +195,7 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] as there, or if no memory is at `gpa`.
     pub fn load<T: GuestWord>(&self, gpa: u64, order: Ordering) -> VcpuResult<T> {
-        self.with_region(gpa, Access::Read, |region, offset| {
-            region.load(offset, order)
-        })
+        self.with_region(gpa, Access::Read, |region, offset| region.load(offset, order))
     }
 
     /// [`GuestRegion::store`] at a guest physical address.
@@ -232,9 +203,7 @@ impl GuestMemory {
     /// # Errors
     /// [`AccelError::InvalidArgument`] as there, or if no memory is at `gpa`.
     pub fn store<T: GuestWord>(&self, gpa: u64, value: T, order: Ordering) -> VcpuResult<()> {
-        self.with_region(gpa, Access::Write, |region, offset| {
-            region.store(offset, value, order)
-        })
+        self.with_region(gpa, Access::Write, |region, offset| region.store(offset, value, order))
     }
 
     /// [`GuestRegion::compare_exchange`] at a guest physical address.
@@ -311,10 +280,7 @@ impl GuestMemory {
 /// Index of the region that holds `gpa`.
 fn holder(regions: &[Placed], gpa: u64) -> Option<usize> {
     let at = regions.partition_point(|placed| placed.end() <= gpa);
-    regions
-        .get(at)
-        .filter(|placed| placed.gpa <= gpa)
-        .map(|_| at)
+    regions.get(at).filter(|placed| placed.gpa <= gpa).map(|_| at)
 }
 
 /// The regions that hold a range, or an error that names the first address without memory for the access.
@@ -348,33 +314,20 @@ fn locate(regions: &[Placed], gpa: u64, len: u64, access: Access) -> VcpuResult<
 
 #[cold]
 fn nothing_at(gpa: u64) -> AccelError {
-    AccelError::invalid(
-        "guest physical address",
-        format!("no memory is at {gpa:#x}"),
-    )
+    AccelError::invalid("guest physical address", format!("no memory is at {gpa:#x}"))
 }
 
 #[cold]
 fn read_only_at(gpa: u64, placed: &Placed) -> AccelError {
     AccelError::invalid(
         "guest physical address",
-        format!(
-            "{gpa:#x} is in the read-only region [{:#x}, {:#x})",
-            placed.gpa,
-            placed.end()
-        ),
+        format!("{gpa:#x} is in the read-only region [{:#x}, {:#x})", placed.gpa, placed.end()),
     )
 }
 
 impl fmt::Debug for GuestMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map()
-            .entries(
-                self.lock()
-                    .iter()
-                    .map(|placed| (format!("{:#x}", placed.gpa), &placed.region)),
-            )
-            .finish()
+        f.debug_map().entries(self.lock().iter().map(|placed| (format!("{:#x}", placed.gpa), &placed.region))).finish()
     }
 }
 

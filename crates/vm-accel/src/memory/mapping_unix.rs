@@ -36,46 +36,25 @@ impl Mapping {
     }
 
     /// Part of a file. `offset` and `len` are multiples of the page size and within the file.
-    pub(super) fn file(
-        file: &File,
-        offset: u64,
-        len: usize,
-        mapping: FileMapping,
-    ) -> VcpuResult<Self> {
+    pub(super) fn file(file: &File, offset: u64, len: usize, mapping: FileMapping) -> VcpuResult<Self> {
         let (protection, flags) = match mapping {
             FileMapping::Shared => (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED),
-            FileMapping::CopyOnWrite => (
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-            ),
+            FileMapping::CopyOnWrite => (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE),
             FileMapping::ReadOnly => (libc::PROT_READ, libc::MAP_SHARED),
         };
-        let offset = libc::off_t::try_from(offset).map_err(|_| {
-            AccelError::invalid(
-                "file offset",
-                format!("{offset:#x} is beyond what the host can map"),
-            )
-        })?;
+        let offset = libc::off_t::try_from(offset)
+            .map_err(|_| AccelError::invalid("file offset", format!("{offset:#x} is beyond what the host can map")))?;
         Self::map(len, protection, flags, file.as_raw_fd(), offset)
     }
 
-    fn map(
-        len: usize,
-        protection: i32,
-        flags: i32,
-        fd: i32,
-        offset: libc::off_t,
-    ) -> VcpuResult<Self> {
+    fn map(len: usize, protection: i32, flags: i32, fd: i32, offset: libc::off_t) -> VcpuResult<Self> {
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory; mmap checks the rest.
         let base = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, offset) };
         if base == libc::MAP_FAILED {
             return Err(AccelError::host("mmap", &io::Error::last_os_error()));
         }
         let Some(base) = NonNull::new(base.cast()) else {
-            return Err(AccelError::host(
-                "mmap",
-                &io::Error::other("the kernel answered address 0"),
-            ));
+            return Err(AccelError::host("mmap", &io::Error::other("the kernel answered address 0")));
         };
         Ok(Self { base, len })
     }

@@ -10,8 +10,8 @@ use crate::error::{AccelError, VcpuResult};
 use std::fmt;
 use std::fs::File;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// How a file becomes guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,58 +80,31 @@ impl GuestRegion {
     /// [`AccelError::InvalidArgument`] if `size` is as [`anonymous`](Self::anonymous) does not take it, `offset` is not a
     /// multiple of [`host_page_size`], the range ends beyond the file's end, or it is no regular file;
     /// [`AccelError::Host`] if the operating system refuses, for instance because the file is not open for writing.
-    pub fn from_file(
-        file: &File,
-        offset: u64,
-        size: u64,
-        mapping: FileMapping,
-    ) -> VcpuResult<Self> {
+    pub fn from_file(file: &File, offset: u64, size: u64, mapping: FileMapping) -> VcpuResult<Self> {
         let len = check_size(size)?;
         if offset % host_page_size() != 0 {
             return Err(AccelError::invalid(
                 "file offset",
-                format!(
-                    "{offset:#x} is not a multiple of the host's page size {:#x}",
-                    host_page_size()
-                ),
+                format!("{offset:#x} is not a multiple of the host's page size {:#x}", host_page_size()),
             ));
         }
-        let metadata = file
-            .metadata()
-            .map_err(|error| AccelError::host("reading the length of the memory file", &error))?;
+        let metadata =
+            file.metadata().map_err(|error| AccelError::host("reading the length of the memory file", &error))?;
         if !metadata.is_file() {
-            return Err(AccelError::invalid(
-                "memory file",
-                "it is not a regular file, so its length is not known",
-            ));
+            return Err(AccelError::invalid("memory file", "it is not a regular file, so its length is not known"));
         }
-        if offset
-            .checked_add(size)
-            .is_none_or(|end| end > metadata.len())
-        {
+        if offset.checked_add(size).is_none_or(|end| end > metadata.len()) {
             return Err(AccelError::invalid(
                 "file range",
-                format!(
-                    "{size:#x} bytes at {offset:#x} end beyond the file's {:#x} bytes",
-                    metadata.len()
-                ),
+                format!("{size:#x} bytes at {offset:#x} end beyond the file's {:#x} bytes", metadata.len()),
             ));
         }
-        Ok(Self::new(
-            Mapping::file(file, offset, len, mapping)?,
-            Some(mapping),
-        ))
+        Ok(Self::new(Mapping::file(file, offset, len, mapping)?, Some(mapping)))
     }
 
     fn new(mapping: Mapping, backing: Option<FileMapping>) -> Self {
         let dirty = HostDirty::new(mapping.len() as u64);
-        Self(Arc::new(Inner {
-            mapping,
-            watched: AtomicBool::new(false),
-            watchers: RwLock::default(),
-            backing,
-            dirty,
-        }))
+        Self(Arc::new(Inner { mapping, watched: AtomicBool::new(false), watchers: RwLock::default(), backing, dirty }))
     }
 
     /// Tells `watcher` of every later write by the host, as long as it lives.
@@ -297,9 +270,7 @@ impl GuestRegion {
         if offset % page != 0 || len % page != 0 {
             return Err(AccelError::invalid(
                 "range to discard",
-                format!(
-                    "{len:#x} bytes at {offset:#x} are not aligned to the host's page size {page:#x}"
-                ),
+                format!("{len:#x} bytes at {offset:#x} are not aligned to the host's page size {page:#x}"),
             ));
         }
         // SAFETY: the range was checked, the mapping is alive, and its backing is what it was made with.
@@ -355,10 +326,7 @@ impl GuestRegion {
         if offset.checked_add(len).is_none_or(|end| end > self.size()) {
             return Err(AccelError::invalid(
                 "region range",
-                format!(
-                    "{len:#x} bytes at {offset:#x} do not lie within the region's {:#x} bytes",
-                    self.size()
-                ),
+                format!("{len:#x} bytes at {offset:#x} do not lie within the region's {:#x} bytes", self.size()),
             ));
         }
         // SAFETY: offset is at most the mapping's length, which fits isize (`check_size`).
@@ -405,12 +373,9 @@ fn check_size(size: u64) -> VcpuResult<usize> {
         ));
     }
     // Offsets of pointers are isize.
-    isize::try_from(size).map(isize::unsigned_abs).map_err(|_| {
-        AccelError::invalid(
-            "region size",
-            format!("{size:#x} bytes is more than the host can map"),
-        )
-    })
+    isize::try_from(size)
+        .map(isize::unsigned_abs)
+        .map_err(|_| AccelError::invalid("region size", format!("{size:#x} bytes is more than the host can map")))
 }
 
 impl fmt::Debug for GuestRegion {

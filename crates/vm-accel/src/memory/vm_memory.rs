@@ -46,10 +46,7 @@ impl GuestMemory {
         let regions: Vec<_> = self
             .regions()
             .into_iter()
-            .map(|(gpa, region)| VmMemoryRegion {
-                start: GuestAddress(gpa),
-                region,
-            })
+            .map(|(gpa, region)| VmMemoryRegion { start: GuestAddress(gpa), region })
             .collect();
         if regions.is_empty() {
             return Ok(GuestRegionCollection::new());
@@ -75,9 +72,7 @@ impl GuestMemoryRegion for VmMemoryRegion {
     }
 
     fn get_host_address(&self, addr: MemoryRegionAddress) -> GuestMemoryResult<*mut u8> {
-        self.writable()?
-            .range(addr.0, 1)
-            .map_err(|_| GuestMemoryError::InvalidBackendAddress)
+        self.writable()?.range(addr.0, 1).map_err(|_| GuestMemoryError::InvalidBackendAddress)
     }
 
     fn get_slice(
@@ -85,10 +80,8 @@ impl GuestMemoryRegion for VmMemoryRegion {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> GuestMemoryResult<VolatileSlice<'_, BS<'_, Self::B>>> {
-        let ptr = self
-            .writable()?
-            .range(offset.0, count as u64)
-            .map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
+        let ptr =
+            self.writable()?.range(offset.0, count as u64).map_err(|_| GuestMemoryError::InvalidBackendAddress)?;
         let bitmap = self.region.slice_at(offset.0 as usize);
         // SAFETY: `range` checked that the bytes lie in the mapping, which may be written and which `self.region` keeps
         // for the slice's lifetime; nobody makes references to guest bytes.
@@ -119,10 +112,7 @@ impl Bitmap for GuestRegion {
     }
 
     fn slice_at(&self, offset: usize) -> HostDirtySlice<'_> {
-        HostDirtySlice {
-            region: self,
-            start: offset as u64,
-        }
+        HostDirtySlice { region: self, start: offset as u64 }
     }
 }
 
@@ -135,24 +125,17 @@ impl BitmapSlice for HostDirtySlice<'_> {}
 impl Bitmap for HostDirtySlice<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
         // The trait cannot report an error; the part of a range that lies outside has no page to mark.
-        let start = self
-            .start
-            .saturating_add(offset as u64)
-            .min(self.region.size());
+        let start = self.start.saturating_add(offset as u64).min(self.region.size());
         let len = (len as u64).min(self.region.size() - start);
         let _ = self.region.mark_dirty(start, len);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.region
-            .is_host_dirty(self.start.saturating_add(offset as u64))
+        self.region.is_host_dirty(self.start.saturating_add(offset as u64))
     }
 
     fn slice_at(&self, offset: usize) -> Self {
-        Self {
-            region: self.region,
-            start: self.start.saturating_add(offset as u64),
-        }
+        Self { region: self.region, start: self.start.saturating_add(offset as u64) }
     }
 }
 
@@ -166,9 +149,7 @@ mod tests {
     fn memory() -> GuestMemory {
         let memory = GuestMemory::new();
         for gpa in [0, 0x10000] {
-            memory
-                .insert(gpa, GuestRegion::anonymous(0x10000).unwrap())
-                .unwrap();
+            memory.insert(gpa, GuestRegion::anonymous(0x10000).unwrap()).unwrap();
         }
         memory
     }
@@ -177,19 +158,14 @@ mod tests {
     fn both_views_show_the_same_bytes_over_region_borders() {
         let memory = memory();
         let view = memory.to_vm_memory().unwrap();
-        assert_eq!(
-            (view.num_regions(), view.last_addr()),
-            (2, GuestAddress(0x1ffff))
-        );
-        view.write_obj(0x1122_3344_5566_7788u64, GuestAddress(0xfffc))
-            .unwrap();
+        assert_eq!((view.num_regions(), view.last_addr()), (2, GuestAddress(0x1ffff)));
+        view.write_obj(0x1122_3344_5566_7788u64, GuestAddress(0xfffc)).unwrap();
         assert_eq!(memory.read_u64(0xfffc).unwrap(), 0x1122_3344_5566_7788);
         memory.write(0x10000, b"device").unwrap();
         let mut bytes = [0; 6];
         view.read_slice(&mut bytes, GuestAddress(0x10000)).unwrap();
         assert_eq!(&bytes, b"device");
-        view.store(7u32, GuestAddress(0x20), Ordering::Release)
-            .unwrap();
+        view.store(7u32, GuestAddress(0x20), Ordering::Release).unwrap();
         assert_eq!(memory.load::<u32>(0x20, Ordering::Acquire).unwrap(), 7);
         assert!(view.write_obj(0u64, GuestAddress(0x1fffc)).is_err());
         assert!(view.read_obj::<u8>(GuestAddress(0x20000)).is_err());
@@ -206,9 +182,7 @@ mod tests {
         let slice = view.get_slice(GuestAddress(0x15000), 0x2000).unwrap();
         slice.offset(0x1000).unwrap().write_obj(1u8, 0).unwrap();
         let bitmap = view.find_region(GuestAddress(0x10000)).unwrap().bitmap();
-        assert!(
-            bitmap.dirty_at(0x3000) && !bitmap.dirty_at(0x2000) && !bitmap.dirty_at(usize::MAX)
-        );
+        assert!(bitmap.dirty_at(0x3000) && !bitmap.dirty_at(0x2000) && !bitmap.dirty_at(usize::MAX));
         bitmap.mark_dirty(usize::MAX, usize::MAX);
         let dirty: Vec<_> = second.take_host_dirty().ranges().collect();
         assert_eq!(dirty, vec![0..0x1000, 0x3000..0x4000, 0x6000..0x7000]);
@@ -227,16 +201,12 @@ mod tests {
     #[test]
     fn read_only_regions_refuse_slices_instead_of_faulting() {
         let file = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
-        let rom =
-            GuestRegion::from_file(&file, 0, host_page_size(), FileMapping::ReadOnly).unwrap();
+        let rom = GuestRegion::from_file(&file, 0, host_page_size(), FileMapping::ReadOnly).unwrap();
         let memory = memory();
         memory.insert(0x10_0000, rom).unwrap();
         let view = memory.to_vm_memory().unwrap();
         assert_eq!(view.num_regions(), 3);
-        assert!(matches!(
-            view.write_obj(0u8, GuestAddress(0x10_0000)),
-            Err(GuestMemoryError::HostAddressNotAvailable)
-        ));
+        assert!(matches!(view.write_obj(0u8, GuestAddress(0x10_0000)), Err(GuestMemoryError::HostAddressNotAvailable)));
         assert!(view.get_host_address(GuestAddress(0x10_0000)).is_err());
     }
 }

@@ -71,12 +71,7 @@ impl<V: VcpuOps> FaultInjector<V> {
     /// A wrapper that injects nothing yet.
     #[must_use]
     pub fn new(inner: V) -> Self {
-        Self {
-            inner,
-            calls: Default::default(),
-            faults: Vec::new(),
-            interrupts: None,
-        }
+        Self { inner, calls: Default::default(), faults: Vec::new(), interrupts: None }
     }
 
     /// Lets the `nth` call (the first is 1) of an operation fail with `error`. May be used several times.
@@ -93,11 +88,7 @@ impl<V: VcpuOps> FaultInjector<V> {
     /// further access, it is returned instead. Where it cannot, a call with a pending access is not interrupted.
     #[must_use]
     pub fn spurious_interrupts(mut self, seed: u64, one_in: u32) -> Self {
-        self.interrupts = Some(Interrupts {
-            state: seed,
-            one_in,
-            last: false,
-        });
+        self.interrupts = Some(Interrupts { state: seed, one_in, last: false });
         self
     }
 
@@ -123,11 +114,7 @@ impl<V: VcpuOps> FaultInjector<V> {
     fn enter(&self, operation: Operation) -> VcpuResult<()> {
         let calls = &self.calls[operation as usize];
         calls.set(calls.get() + 1);
-        match self
-            .faults
-            .iter()
-            .find(|(op, nth, _)| (*op, *nth) == (operation, calls.get()))
-        {
+        match self.faults.iter().find(|(op, nth, _)| (*op, *nth) == (operation, calls.get())) {
             Some((_, _, error)) => Err(error.clone()),
             None => Ok(()),
         }
@@ -239,17 +226,14 @@ mod tests {
     }
 
     fn guest(reads: usize) -> ScriptedVcpu {
-        let script = (0..reads).fold(Script::new(), |script, _| {
-            script.io_in(0x60, 1, Answer::exactly([7]))
-        });
+        let script = (0..reads).fold(Script::new(), |script, _| script.io_in(0x60, 1, Answer::exactly([7])));
         ScriptedVcpu::new(3, script.exit(VcpuExit::Halted)).unwrap()
     }
 
     #[test]
     fn only_the_chosen_call_fails_and_does_not_reach_the_vcpu() {
-        let mut vcpu = FaultInjector::new(guest(2))
-            .fail(Operation::Run, 2, broken())
-            .fail(Operation::CompleteRead, 1, broken());
+        let mut vcpu =
+            FaultInjector::new(guest(2)).fail(Operation::Run, 2, broken()).fail(Operation::CompleteRead, 1, broken());
         vcpu.run().unwrap();
         assert_eq!(vcpu.complete_read(&[7]), Err(broken()));
         assert!(!vcpu.pending_access().unwrap().answered);
@@ -258,10 +242,7 @@ mod tests {
         vcpu.run().unwrap();
         vcpu.complete_read(&[7]).unwrap();
         assert_eq!(vcpu.run().unwrap(), VcpuExit::Halted);
-        assert_eq!(
-            (vcpu.calls(Operation::Run), vcpu.calls(Operation::GetRegs)),
-            (4, 0)
-        );
+        assert_eq!((vcpu.calls(Operation::Run), vcpu.calls(Operation::GetRegs)), (4, 0));
         vcpu.into_inner().finish().unwrap();
     }
 
@@ -304,10 +285,7 @@ mod tests {
         let mut vcpu = FaultInjector::new(guest(1)).spurious_interrupts(0, 1);
         assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupt);
         vcpu.run().unwrap();
-        assert_eq!(
-            vcpu.run(),
-            Err(AccelError::PendingRead { addr: 0x60, len: 1 })
-        );
+        assert_eq!(vcpu.run(), Err(AccelError::PendingRead { addr: 0x60, len: 1 }));
     }
 
     /// A vCPU with nothing but the six methods, and a pending access that it only tells of.
@@ -339,18 +317,8 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_cannot_quiesce_is_interrupted_only_between_accesses() {
-        let access = PendingAccess {
-            addr: 0,
-            len: 1,
-            is_write: true,
-            answered: true,
-        };
-        let run = |pending| {
-            FaultInjector::new(Bare(pending))
-                .spurious_interrupts(0, 1)
-                .run()
-                .unwrap()
-        };
+        let access = PendingAccess { addr: 0, len: 1, is_write: true, answered: true };
+        let run = |pending| FaultInjector::new(Bare(pending)).spurious_interrupts(0, 1).run().unwrap();
         assert_eq!(run(None), VcpuExit::Interrupt);
         assert_eq!(run(Some(access)), VcpuExit::Halted);
     }

@@ -70,21 +70,14 @@ impl Access {
     /// What is wrong with the access, if anything.
     fn flaw(&self) -> Option<&'static str> {
         let len = self.len();
-        let refused = matches!(
-            self.transfer,
-            Transfer::Write(_, true) | Transfer::Read(Answer::Refused)
-        );
+        let refused = matches!(self.transfer, Transfer::Write(_, true) | Transfer::Read(Answer::Refused));
         match self.exit {
             _ if refused && !self.is_msr() => Some("only accesses to MSRs can be refused"),
-            VcpuExit::Io { size, .. } if !matches!(size, 1 | 2 | 4) => {
-                Some("an I/O element has 1, 2 or 4 bytes")
-            }
+            VcpuExit::Io { size, .. } if !matches!(size, 1 | 2 | 4) => Some("an I/O element has 1, 2 or 4 bytes"),
             VcpuExit::Io { size, .. } if len == 0 || len % usize::from(size) != 0 => {
                 Some("an I/O access transfers whole elements, at least one")
             }
-            VcpuExit::Mmio { .. } if !(1..=8).contains(&len) => {
-                Some("an MMIO access has 1 to 8 bytes")
-            }
+            VcpuExit::Mmio { .. } if !(1..=8).contains(&len) => Some("an MMIO access has 1 to 8 bytes"),
             VcpuExit::Msr { .. } if len != 8 => Some("an MSR has 8 bytes"),
             _ => None,
         }
@@ -122,28 +115,14 @@ impl Script {
     /// The guest reads elements of `size` bytes from a port; more than one if the answer is longer (REP INS).
     pub fn io_in(self, port: u16, size: u8, answer: Answer) -> Self {
         let direction = IoDirection::In;
-        self.access(
-            VcpuExit::Io {
-                port,
-                direction,
-                size,
-            },
-            Transfer::Read(answer),
-        )
+        self.access(VcpuExit::Io { port, direction, size }, Transfer::Read(answer))
     }
 
     /// The guest writes elements of `size` bytes to a port; more than one if `data` is longer (REP OUTS).
     pub fn io_out(self, port: u16, size: u8, data: impl AsRef<[u8]>) -> Self {
         let direction = IoDirection::Out;
         let transfer = Transfer::Write(data.as_ref().to_vec(), false);
-        self.access(
-            VcpuExit::Io {
-                port,
-                direction,
-                size,
-            },
-            transfer,
-        )
+        self.access(VcpuExit::Io { port, direction, size }, transfer)
     }
 
     /// The guest reads from a guest physical address; the answer says how many bytes.
@@ -205,11 +184,7 @@ impl Script {
     }
 
     fn mmio(self, addr: u64, transfer: Transfer) -> Self {
-        let mut access = Access {
-            exit: VcpuExit::Unknown,
-            transfer,
-            continues: false,
-        };
+        let mut access = Access { exit: VcpuExit::Unknown, transfer, continues: false };
         access.exit = VcpuExit::Mmio {
             addr,
             // A length that no u8 holds is one that `check` refuses.
@@ -220,11 +195,7 @@ impl Script {
     }
 
     fn access(self, exit: VcpuExit, transfer: Transfer) -> Self {
-        self.step(Step::Access(Access {
-            exit,
-            transfer,
-            continues: false,
-        }))
+        self.step(Step::Access(Access { exit, transfer, continues: false }))
     }
 
     fn step(mut self, step: Step) -> Self {
@@ -240,18 +211,14 @@ impl Script {
         for (index, step) in self.steps.iter().enumerate() {
             let found = match step {
                 Step::Access(access)
-                    if access.continues
-                        && !matches!(self.steps.get(index + 1), Some(Step::Access(_))) =>
+                    if access.continues && !matches!(self.steps.get(index + 1), Some(Step::Access(_))) =>
                 {
                     Some("same_instruction needs an access behind it")
                 }
                 Step::Access(access) => access.flaw(),
-                Step::Exit(
-                    VcpuExit::Io { .. }
-                    | VcpuExit::Mmio { .. }
-                    | VcpuExit::Msr { .. }
-                    | VcpuExit::Debug,
-                ) => Some("this exit transfers something and has a call of its own"),
+                Step::Exit(VcpuExit::Io { .. } | VcpuExit::Mmio { .. } | VcpuExit::Msr { .. } | VcpuExit::Debug) => {
+                    Some("this exit transfers something and has a call of its own")
+                }
                 Step::SetReg(reg, _) | Step::ExpectReg(reg, _) if *reg > GuestRegs::FLAGS => {
                     Some("there is no register of this number")
                 }

@@ -3,9 +3,7 @@
 use super::script::{Access, Answer, Script, Step, Transfer};
 use crate::error::{AccelError, VcpuResult};
 use crate::regs::{FpuRegs, GuestRegs, x86_64};
-use crate::vcpu_common::{
-    DebugEvent, GuestDebug, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps,
-};
+use crate::vcpu_common::{DebugEvent, GuestDebug, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,10 +107,7 @@ impl ScriptedVcpu {
 
     /// An error that names the step that was played last, counted from 1.
     fn complaint(&self, text: impl std::fmt::Display) -> AccelError {
-        AccelError::invalid(
-            "use of the scripted vCPU",
-            format!("step {}: {text}", self.next),
-        )
+        AccelError::invalid("use of the scripted vCPU", format!("step {}: {text}", self.next))
     }
 
     /// Records a deviation.
@@ -124,19 +119,12 @@ impl ScriptedVcpu {
     /// Whether the VMM did what the last exit asks for.
     fn check_pending(&self) -> VcpuResult<()> {
         match &self.pending {
-            Some(pending) if !pending.answered => Err(AccelError::PendingRead {
-                addr: pending.access.addr(),
-                len: pending.access.len(),
-            }),
-            Some(Pending {
-                access:
-                    Access {
-                        transfer: Transfer::Write(_, true),
-                        ..
-                    },
-                refused: false,
-                ..
-            }) => Err(self.complaint("the VMM had to refuse this write and did not")),
+            Some(pending) if !pending.answered => {
+                Err(AccelError::PendingRead { addr: pending.access.addr(), len: pending.access.len() })
+            }
+            Some(Pending { access: Access { transfer: Transfer::Write(_, true), .. }, refused: false, .. }) => {
+                Err(self.complaint("the VMM had to refuse this write and did not"))
+            }
             _ => Ok(()),
         }
     }
@@ -154,10 +142,7 @@ impl ScriptedVcpu {
         }
         self.debug_event = None;
         // A refused access raises an exception, which ends the instruction.
-        Ok(self
-            .pending
-            .take()
-            .is_some_and(|pending| pending.access.continues && !pending.refused))
+        Ok(self.pending.take().is_some_and(|pending| pending.access.continues && !pending.refused))
     }
 
     /// Plays the script up to and including the next exit.
@@ -169,9 +154,9 @@ impl ScriptedVcpu {
                 Step::ExpectReg(index, value) => {
                     let found = self.regs.get(index);
                     if found != value {
-                        return Err(self.deviate(format_args!(
-                            "register {index} is {found:#x}, the script expects {value:#x}"
-                        )));
+                        return Err(
+                            self.deviate(format_args!("register {index} is {found:#x}, the script expects {value:#x}"))
+                        );
                     }
                 }
                 Step::Fail(error) => return Err(error),
@@ -231,10 +216,7 @@ impl VcpuOps for ScriptedVcpu {
 
     fn set_fpu_regs(&mut self, regs: &FpuRegs) -> VcpuResult<()> {
         if mem::discriminant(regs) != mem::discriminant(&self.fpu) {
-            return Err(AccelError::invalid(
-                "floating-point registers",
-                "they are another architecture's",
-            ));
+            return Err(AccelError::invalid("floating-point registers", "they are another architecture's"));
         }
         self.fpu = *regs;
         Ok(())
@@ -242,41 +224,24 @@ impl VcpuOps for ScriptedVcpu {
 
     fn io_data(&self) -> VcpuResult<&[u8]> {
         match &self.pending {
-            Some(Pending {
-                access:
-                    Access {
-                        transfer: Transfer::Write(data, _),
-                        ..
-                    },
-                ..
-            }) => Ok(data),
+            Some(Pending { access: Access { transfer: Transfer::Write(data, _), .. }, .. }) => Ok(data),
             _ => Err(self.complaint("the last exit is not a write, it has no data")),
         }
     }
 
     fn complete_read(&mut self, data: &[u8]) -> VcpuResult<()> {
-        let Some(Pending {
-            access,
-            answered: answered @ false,
-            ..
-        }) = &mut self.pending
-        else {
+        let Some(Pending { access, answered: answered @ false, .. }) = &mut self.pending else {
             return Err(self.complaint("no read is pending"));
         };
         let len = access.len();
         if data.len() != len {
-            return Err(self.complaint(format_args!(
-                "the guest reads {len} bytes, not {}",
-                data.len()
-            )));
+            return Err(self.complaint(format_args!("the guest reads {len} bytes, not {}", data.len())));
         }
         let wrong = match &access.transfer {
-            Transfer::Read(Answer::Exactly(expected)) if expected != data => Some(format!(
-                "the answer is {data:02x?}, the script expects {expected:02x?}"
-            )),
-            Transfer::Read(Answer::Refused) => {
-                Some("the VMM had to refuse this read and answered it".into())
+            Transfer::Read(Answer::Exactly(expected)) if expected != data => {
+                Some(format!("the answer is {data:02x?}, the script expects {expected:02x?}"))
             }
+            Transfer::Read(Answer::Refused) => Some("the VMM had to refuse this read and answered it".into()),
             _ => None,
         };
         match wrong {
@@ -295,10 +260,7 @@ impl VcpuOps for ScriptedVcpu {
         if !matches!(pending.access.exit, VcpuExit::Msr { .. }) {
             return Err(self.complaint("only accesses to MSRs can be refused"));
         }
-        if !matches!(
-            pending.access.transfer,
-            Transfer::Write(_, true) | Transfer::Read(Answer::Refused)
-        ) {
+        if !matches!(pending.access.transfer, Transfer::Write(_, true) | Transfer::Read(Answer::Refused)) {
             return Err(self.deviate("the VMM refused an access that it had to accept"));
         }
         pending.answered = true;
@@ -325,8 +287,7 @@ impl VcpuOps for ScriptedVcpu {
     }
 
     fn debug_event(&self) -> VcpuResult<DebugEvent> {
-        self.debug_event
-            .ok_or_else(|| self.complaint("the last exit is not a debug exit"))
+        self.debug_event.ok_or_else(|| self.complaint("the last exit is not a debug exit"))
     }
 }
 

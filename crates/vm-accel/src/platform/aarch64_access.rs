@@ -67,12 +67,8 @@ pub(crate) fn decode(word: u32) -> Option<Transfer> {
     }?;
     // Where the architecture leaves a result open, no result is right.
     let uses = |register| transfer.registers[..usize::from(transfer.count)].contains(&register);
-    let unpredictable =
-        (transfer.is_load && transfer.count == 2 && transfer.registers[0] == transfer.registers[1])
-            || (transfer.write_back.is_some()
-                && !transfer.vector
-                && transfer.base != ZERO_OR_SP
-                && uses(transfer.base));
+    let unpredictable = (transfer.is_load && transfer.count == 2 && transfer.registers[0] == transfer.registers[1])
+        || (transfer.write_back.is_some() && !transfer.vector && transfer.base != ZERO_OR_SP && uses(transfer.base));
     (!unpredictable).then_some(transfer)
 }
 
@@ -119,15 +115,8 @@ fn single(word: u32) -> Option<Transfer> {
         _ => return None,
     };
     let near = signed(field(word, 20, 12), 9);
-    let (offset, write_back) = match (
-        field(word, 25, 24),
-        field(word, 21, 21),
-        field(word, 11, 10),
-    ) {
-        (1, ..) => (
-            Offset::Immediate(i64::from(field(word, 21, 10)) << scale),
-            None,
-        ),
+    let (offset, write_back) = match (field(word, 25, 24), field(word, 21, 21), field(word, 11, 10)) {
+        (1, ..) => (Offset::Immediate(i64::from(field(word, 21, 10)) << scale), None),
         (0, 0, 0) => (Offset::Immediate(near), None),
         (0, 0, 1) => (Offset::Immediate(0), Some(near)),
         (0, 0, 3) => (Offset::Immediate(near), Some(near)),
@@ -156,11 +145,7 @@ fn single(word: u32) -> Option<Transfer> {
 
 /// A general register as a value.
 fn value(regs: &GuestRegs, index: u8) -> u64 {
-    if index == ZERO_OR_SP {
-        0
-    } else {
-        regs.gpr[usize::from(index)]
-    }
+    if index == ZERO_OR_SP { 0 } else { regs.gpr[usize::from(index)] }
 }
 
 impl Transfer {
@@ -179,11 +164,7 @@ impl Transfer {
         let base = regs.gpr[usize::from(self.base)];
         match self.offset {
             Offset::Immediate(distance) => base.wrapping_add_signed(distance),
-            Offset::Register {
-                index,
-                option,
-                shift,
-            } => {
+            Offset::Register { index, option, shift } => {
                 let index = value(regs, index);
                 let extended = match option {
                     0b010 => u64::from(index as u32),
@@ -198,9 +179,7 @@ impl Transfer {
     fn parts(&self) -> impl Iterator<Item = (u8, std::ops::Range<usize>)> {
         let size = usize::from(self.size);
         let registers = self.registers.into_iter().take(usize::from(self.count));
-        registers
-            .enumerate()
-            .map(move |(n, register)| (register, n * size..(n + 1) * size))
+        registers.enumerate().map(move |(n, register)| (register, n * size..(n + 1) * size))
     }
 
     /// What a store writes, [`len`](Self::len) bytes of it.
@@ -245,11 +224,7 @@ impl Transfer {
         };
         let unused = 64 - 8 * u32::from(self.size);
         let wide = ((loaded << unused) as i64 >> unused) as u64;
-        if bits == 32 {
-            u64::from(wide as u32)
-        } else {
-            wide
-        }
+        if bits == 32 { u64::from(wide as u32) } else { wide }
     }
 }
 
@@ -258,10 +233,7 @@ mod tests {
     use super::*;
 
     fn regs() -> GuestRegs {
-        let mut regs = GuestRegs {
-            pc: 0x1000,
-            ..GuestRegs::default()
-        };
+        let mut regs = GuestRegs { pc: 0x1000, ..GuestRegs::default() };
         for (n, gpr) in regs.gpr.iter_mut().enumerate() {
             *gpr = 0x1_0000 * n as u64 + 0x8877_6655;
         }
@@ -276,21 +248,16 @@ mod tests {
         fpu
     }
 
-    /// Word, its text for a failure, address relative to the base, bytes, load?, write-back.
-    const FORMS: &[(u32, &str, i64, usize, bool, Option<i64>)] = &[
+    /// Instruction word, its text, offset, bytes, whether it writes, what is written back.
+    type Form = (u32, &'static str, i64, usize, bool, Option<i64>);
+
+    const FORMS: &[Form] = &[
         (0xa900_0841, "stp x1, x2, [x2]", 0, 16, false, None),
         (0xa941_0861, "ldp x1, x2, [x3, 16]", 16, 16, true, None),
         (0x297f_0861, "ldp w1, w2, [x3, -8]", -8, 8, true, None),
         (0x6940_8861, "ldpsw x1, x2, [x3, 4]", 4, 8, true, None),
         (0xa881_0861, "stp x1, x2, [x3], 16", 0, 16, false, Some(16)),
-        (
-            0xa9bf_0861,
-            "stp x1, x2, [x3, -16]!",
-            -16,
-            16,
-            false,
-            Some(-16),
-        ),
+        (0xa9bf_0861, "stp x1, x2, [x3, -16]!", -16, 16, false, Some(-16)),
         (0xa800_0861, "stnp x1, x2, [x3]", 0, 16, false, None),
         (0x6d40_8861, "ldp d1, d2, [x3, 8]", 8, 16, true, None),
         (0xad40_0861, "ldp q1, q2, [x3]", 0, 32, true, None),
@@ -332,11 +299,7 @@ mod tests {
             (0xf862_d861, 0x1_0000u64.wrapping_sub(8)), // ldr x1, [x3, w2, sxtw 3]
             (0xf87f_7861, 0x1_0000),                    // ldr x1, [x3, xzr, lsl 3]
         ] {
-            assert_eq!(
-                decode(word).map(|t| t.address(&regs)),
-                Some(address),
-                "{word:#x}"
-            );
+            assert_eq!(decode(word).map(|t| t.address(&regs)), Some(address), "{word:#x}");
         }
     }
 
@@ -362,10 +325,7 @@ mod tests {
             (regs, fpu)
         };
         let (regs, _) = run(0x6940_0861); // ldpsw x1, x2, [x3]
-        assert_eq!(
-            (regs.gpr[1], regs.gpr[2]),
-            (0xffff_ffff_ffff_ff80, 0x0403_0201)
-        );
+        assert_eq!((regs.gpr[1], regs.gpr[2]), (0xffff_ffff_ffff_ff80, 0x0403_0201));
         let (regs, _) = run(0x38c0_1461); // ldrsb w1, [x3], 1
         assert_eq!(regs.gpr[1], 0xffff_ff80);
         assert_eq!(regs.gpr[3], self::regs().gpr[3] + 1);

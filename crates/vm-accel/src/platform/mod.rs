@@ -11,8 +11,7 @@ pub mod kvm;
 mod soft_apic;
 
 use crate::accel::{
-    Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags,
-    MsiMessage, ProbeReport,
+    Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags, MsiMessage, ProbeReport,
 };
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::event::HostEvent;
@@ -45,13 +44,7 @@ pub enum PlatformBackend {
 /// ```
 #[must_use]
 pub fn probe() -> Vec<ProbeReport> {
-    AccelKind::ALL
-        .into_iter()
-        .map(|kind| ProbeReport {
-            kind,
-            outcome: probe_kind(kind),
-        })
-        .collect()
+    AccelKind::ALL.into_iter().map(|kind| ProbeReport { kind, outcome: probe_kind(kind) }).collect()
 }
 
 /// As [`probe`], for one kind.
@@ -71,9 +64,7 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
 fn absent(kind: AccelKind) -> AccelError {
     let reason = match (kind, std::env::consts::OS) {
         (AccelKind::Kvm, os) if os != "linux" => UnavailableReason::WrongOs { needs: "Linux" },
-        (AccelKind::Hvf | AccelKind::Vz, os) if os != "macos" => {
-            UnavailableReason::WrongOs { needs: "macOS" }
-        }
+        (AccelKind::Hvf | AccelKind::Vz, os) if os != "macos" => UnavailableReason::WrongOs { needs: "macOS" },
         (AccelKind::Whpx, os) if os != "windows" => UnavailableReason::WrongOs { needs: "Windows" },
         _ => UnavailableReason::NotImplemented,
     };
@@ -130,12 +121,7 @@ impl Accel for PlatformBackend {
     fn unmap_memory(&mut self, gpa: u64) -> VcpuResult<()> {
         dispatch!(self, b => b.unmap_memory(gpa))
     }
-    fn remap_memory(
-        &mut self,
-        gpa: u64,
-        region: &GuestRegion,
-        flags: MemoryFlags,
-    ) -> VcpuResult<()> {
+    fn remap_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         dispatch!(self, b => b.remap_memory(gpa, region, flags))
     }
     fn protect_memory(&mut self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
@@ -159,12 +145,7 @@ impl Accel for PlatformBackend {
     fn set_irq_routes(&mut self, routes: &[(u32, IrqTarget)]) -> VcpuResult<()> {
         dispatch!(self, b => b.set_irq_routes(routes))
     }
-    fn register_irqfd(
-        &mut self,
-        event: &HostEvent,
-        gsi: u32,
-        resample: Option<&HostEvent>,
-    ) -> VcpuResult<()> {
+    fn register_irqfd(&mut self, event: &HostEvent, gsi: u32, resample: Option<&HostEvent>) -> VcpuResult<()> {
         dispatch!(self, b => b.register_irqfd(event, gsi, resample))
     }
     fn unregister_irqfd(&mut self, event: &HostEvent, gsi: u32) -> VcpuResult<()> {

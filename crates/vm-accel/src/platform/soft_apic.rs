@@ -42,11 +42,7 @@ impl Signals {
 
     /// The next vector whose end the VMM must hear of.
     pub(crate) fn take_eoi(&mut self) -> Option<u8> {
-        let (n, word) = self
-            .eois
-            .iter_mut()
-            .enumerate()
-            .find(|(_, word)| **word != 0)?;
+        let (n, word) = self.eois.iter_mut().enumerate().find(|(_, word)| **word != 0)?;
         let bit = word.trailing_zeros();
         *word &= *word - 1;
         Some((n as u32 * 64 + bit) as u8)
@@ -80,12 +76,7 @@ impl LocalApic {
             // There is no firmware that would do it.
             apic.enter_virtual_wire();
         }
-        Self {
-            apic: Mutex::new(apic),
-            signals: Mutex::default(),
-            changed: Condvar::new(),
-            wake: Mutex::default(),
-        }
+        Self { apic: Mutex::new(apic), signals: Mutex::default(), changed: Condvar::new(), wake: Mutex::default() }
     }
 
     pub(crate) fn set_wake(&self, wake: Option<vm_accel_softcpu::Kick>) {
@@ -149,15 +140,9 @@ impl LocalApic {
             }
             signals = match deadline.map(|deadline| until(deadline, time, tsc_hz)) {
                 Some(duration) => {
-                    self.changed
-                        .wait_timeout(signals, duration)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
+                    self.changed.wait_timeout(signals, duration).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self
-                    .changed
-                    .wait(signals)
-                    .unwrap_or_else(PoisonError::into_inner),
+                None => self.changed.wait(signals).unwrap_or_else(PoisonError::into_inner),
             };
         }
     }
@@ -186,18 +171,12 @@ impl Fabric {
     /// Adds the APIC of CPU `id`.
     pub(crate) fn add(&self, id: u32, features: Features) -> Arc<LocalApic> {
         let apic = Arc::new(LocalApic::new(id, features));
-        self.apics
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::clone(&apic));
+        self.apics.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&apic));
         apic
     }
 
     fn each(&self) -> Vec<Arc<LocalApic>> {
-        self.apics
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.apics.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Delivers a message from a device or an I/O APIC.
@@ -237,10 +216,7 @@ fn deliver_to(targets: &[Arc<LocalApic>], message: &Message) {
         target.receive(reception);
     };
     if message.mode == DeliveryMode::LowestPriority {
-        if let Some(target) = targets
-            .iter()
-            .min_by_key(|target| lock(&target.apic).processor_priority())
-        {
+        if let Some(target) = targets.iter().min_by_key(|target| lock(&target.apic).processor_priority()) {
             send(target);
         }
     } else {
@@ -254,21 +230,13 @@ mod tests {
     use vm_accel_softcpu::apic::Destination;
 
     fn message(destination: u32, mode: DeliveryMode, vector: u8) -> Message {
-        Message {
-            destination: Destination::Physical(destination),
-            mode,
-            vector,
-            level: false,
-        }
+        Message { destination: Destination::Physical(destination), mode, vector, level: false }
     }
 
     #[test]
     fn init_and_startup_reach_only_their_cpu() {
         let fabric = Fabric::default();
-        let (zero, one) = (
-            fabric.add(0, Features::default()),
-            fabric.add(1, Features::default()),
-        );
+        let (zero, one) = (fabric.add(0, Features::default()), fabric.add(1, Features::default()));
         fabric.deliver(&message(1, DeliveryMode::Init, 0));
         fabric.deliver(&message(1, DeliveryMode::StartUp, 0x9a));
         assert!(one.signals().init);

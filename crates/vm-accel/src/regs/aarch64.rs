@@ -62,10 +62,7 @@ impl FpuRegs {
     pub fn as_aarch64(&self) -> VcpuResult<&Aarch64FpuRegs> {
         match self {
             Self::Aarch64(regs) => Ok(regs),
-            Self::X86(_) => Err(AccelError::invalid(
-                "FPU registers",
-                "they are x86-64's, the vCPU is aarch64",
-            )),
+            Self::X86(_) => Err(AccelError::invalid("FPU registers", "they are x86-64's, the vCPU is aarch64")),
         }
     }
 }
@@ -448,9 +445,6 @@ mod tests {
 
     #[test]
     fn affinity_has_sixteen_cpus_per_cluster() {
-        assert_eq!(
-            [affinity(0), affinity(15), affinity(16), affinity(0x123)],
-            [0, 15, 0x100, 0x1203]
-        );
+        assert_eq!([affinity(0), affinity(15), affinity(16), affinity(0x123)], [0, 15, 0x100, 0x1203]);
     }
 }

@@ -131,20 +131,13 @@ impl Segment {
     /// A flat 32-bit code segment.
     #[must_use]
     pub const fn flat_code32(selector: u16, dpl: u8) -> Self {
-        Self {
-            segment_type: 0xb,
-            ..Self::flat_data(selector, dpl)
-        }
+        Self { segment_type: 0xb, ..Self::flat_data(selector, dpl) }
     }
 
     /// A 64-bit code segment.
     #[must_use]
     pub const fn code64(selector: u16, dpl: u8) -> Self {
-        Self {
-            db: false,
-            long: true,
-            ..Self::flat_code32(selector, dpl)
-        }
+        Self { db: false, long: true, ..Self::flat_code32(selector, dpl) }
     }
 
     /// A busy 64-bit (or 32-bit) TSS.
@@ -170,19 +163,13 @@ impl Segment {
     /// base fit; a 64-bit TSS needs its upper half in the next entry.
     #[must_use]
     pub const fn descriptor(&self) -> u64 {
-        let limit = if self.granularity {
-            self.limit >> 12
-        } else {
-            self.limit
-        } as u64;
+        let limit = if self.granularity { self.limit >> 12 } else { self.limit } as u64;
         let access = self.segment_type as u64 & 0xf
             | (self.code_or_data as u64) << 4
             | (self.dpl as u64 & 3) << 5
             | (self.present as u64) << 7;
-        let flags = self.available as u64
-            | (self.long as u64) << 1
-            | (self.db as u64) << 2
-            | (self.granularity as u64) << 3;
+        let flags =
+            self.available as u64 | (self.long as u64) << 1 | (self.db as u64) << 2 | (self.granularity as u64) << 3;
         limit & 0xffff
             | (self.base & 0xff_ffff) << 16
             | access << 40
@@ -369,17 +356,7 @@ pub struct X86FpuRegs {
 impl Default for X86FpuRegs {
     /// The state after FNINIT and with MXCSR at its reset value.
     fn default() -> Self {
-        Self {
-            st: [0; 8],
-            fcw: 0x37f,
-            fsw: 0,
-            ftw: 0,
-            fop: 0,
-            fip: 0,
-            fdp: 0,
-            xmm: [0; 16],
-            mxcsr: 0x1f80,
-        }
+        Self { st: [0; 8], fcw: 0x37f, fsw: 0, ftw: 0, fop: 0, fip: 0, fdp: 0, xmm: [0; 16], mxcsr: 0x1f80 }
     }
 }
 
@@ -437,18 +414,12 @@ impl X86FpuRegs {
         let (image, header) = area
             .split_first_chunk::<FXSAVE_SIZE>()
             .filter(|(_, header)| header.len() >= 64)
-            .ok_or_else(|| {
-                AccelError::invalid("XSAVE area", format!("{} bytes are too few", area.len()))
-            })?;
+            .ok_or_else(|| AccelError::invalid("XSAVE area", format!("{} bytes are too few", area.len())))?;
         let in_use = header[0];
         let all = Self::from_fxsave(image);
         let initial = Self::default();
         Ok(Self {
-            xmm: if in_use & 2 != 0 {
-                all.xmm
-            } else {
-                initial.xmm
-            },
+            xmm: if in_use & 2 != 0 { all.xmm } else { initial.xmm },
             // MXCSR is restored with either SSE or AVX state, and is not affected by XSTATE_BV of SSE alone.
             mxcsr: all.mxcsr,
             ..if in_use & 1 != 0 { all } else { initial }
@@ -480,10 +451,7 @@ impl X86FpuRegs {
         if self.mxcsr & !allowed != 0 {
             return Err(AccelError::invalid(
                 "MXCSR",
-                format!(
-                    "{:#x} has reserved bits (allowed: {allowed:#x})",
-                    self.mxcsr
-                ),
+                format!("{:#x} has reserved bits (allowed: {allowed:#x})", self.mxcsr),
             ));
         }
         Ok(())
@@ -498,10 +466,7 @@ impl FpuRegs {
     pub fn as_x86(&self) -> VcpuResult<&X86FpuRegs> {
         match self {
             Self::X86(regs) => Ok(regs),
-            Self::Aarch64(_) => Err(AccelError::invalid(
-                "FPU registers",
-                "they are aarch64's, the vCPU is x86-64",
-            )),
+            Self::Aarch64(_) => Err(AccelError::invalid("FPU registers", "they are aarch64's, the vCPU is x86-64")),
         }
     }
 }
@@ -811,20 +776,14 @@ mod tests {
         sample().write_xsave(&mut area).unwrap();
         assert_eq!(X86FpuRegs::from_xsave(&area).unwrap(), sample());
         area[XSTATE_BV] = 0;
-        let initial = X86FpuRegs {
-            mxcsr: sample().mxcsr,
-            ..X86FpuRegs::default()
-        };
+        let initial = X86FpuRegs { mxcsr: sample().mxcsr, ..X86FpuRegs::default() };
         assert_eq!(X86FpuRegs::from_xsave(&area).unwrap(), initial);
         assert!(X86FpuRegs::from_xsave(&area[..515]).is_err());
     }
 
     #[test]
     fn reserved_mxcsr_bits_are_refused() {
-        let regs = X86FpuRegs {
-            mxcsr: 0x1_0000,
-            ..sample()
-        };
+        let regs = X86FpuRegs { mxcsr: 0x1_0000, ..sample() };
         assert!(regs.check(0xffff).is_err());
         assert!(sample().check(0).is_ok());
     }
@@ -832,17 +791,8 @@ mod tests {
     #[test]
     fn descriptors_match_the_manual() {
         assert_eq!(Segment::code64(8, 0).descriptor(), 0x00af_9b00_0000_ffff);
-        assert_eq!(
-            Segment::flat_data(16, 0).descriptor(),
-            0x00cf_9300_0000_ffff
-        );
-        assert_eq!(
-            Segment::flat_code32(8, 3).descriptor(),
-            0x00cf_fb00_0000_ffff
-        );
-        assert_eq!(
-            Segment::busy_tss(24, 0x1234_5678, 0x67).descriptor(),
-            0x1200_8b34_5678_0067
-        );
+        assert_eq!(Segment::flat_data(16, 0).descriptor(), 0x00cf_9300_0000_ffff);
+        assert_eq!(Segment::flat_code32(8, 3).descriptor(), 0x00cf_fb00_0000_ffff);
+        assert_eq!(Segment::busy_tss(24, 0x1234_5678, 0x67).descriptor(), 0x1200_8b34_5678_0067);
     }
 }

@@ -18,10 +18,7 @@ pub(crate) fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> VcpuResult<
     for (n, breakpoint) in breakpoints.iter().enumerate() {
         let bad = |why| {
             let (len, addr) = (breakpoint.len, breakpoint.addr);
-            AccelError::invalid(
-                "hardware breakpoint",
-                format!("{len} bytes at {addr:#x}: {why}"),
-            )
+            AccelError::invalid("hardware breakpoint", format!("{len} bytes at {addr:#x}: {why}"))
         };
         let kind = match breakpoint.on {
             BreakOn::Execute => 0,
@@ -49,13 +46,7 @@ pub(crate) fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> VcpuResult<
 
 /// What a debug exit was: the exception's vector, where the guest stands, and the debug registers that belong to it.
 /// `addresses` are DR0–DR3 if they are known.
-pub(crate) fn debug_event(
-    vector: u8,
-    pc: u64,
-    dr6: u64,
-    dr7: u64,
-    addresses: Option<[u64; 4]>,
-) -> DebugEvent {
+pub(crate) fn debug_event(vector: u8, pc: u64, dr6: u64, dr7: u64, addresses: Option<[u64; 4]>) -> DebugEvent {
     const BREAKPOINT: u8 = 3;
     const SINGLE_STEP: u64 = 1 << 14;
     if vector == BREAKPOINT {
@@ -65,10 +56,7 @@ pub(crate) fn debug_event(
     if hit < 4 && dr6 & SINGLE_STEP == 0 {
         return match dr7 >> (16 + 4 * hit) & 3 {
             0 => DebugEvent::HardwareBreakpoint { pc },
-            _ => DebugEvent::Watchpoint {
-                pc,
-                addr: addresses.map(|all| all[hit]),
-            },
+            _ => DebugEvent::Watchpoint { pc, addr: addresses.map(|all| all[hit]) },
         };
     }
     DebugEvent::SingleStep { pc }
@@ -84,17 +72,8 @@ mod tests {
         assert_eq!(event(3, 0, 0), DebugEvent::SoftwareBreakpoint { pc: 7 });
         assert_eq!(event(1, 0x4000, 0), DebugEvent::SingleStep { pc: 7 });
         assert_eq!(event(1, 2, 0), DebugEvent::HardwareBreakpoint { pc: 7 });
-        assert_eq!(
-            event(1, 2, 1 << 20),
-            DebugEvent::Watchpoint {
-                pc: 7,
-                addr: Some(2)
-            }
-        );
-        assert_eq!(
-            debug_event(1, 7, 2, 1 << 20, None),
-            DebugEvent::Watchpoint { pc: 7, addr: None }
-        );
+        assert_eq!(event(1, 2, 1 << 20), DebugEvent::Watchpoint { pc: 7, addr: Some(2) });
+        assert_eq!(debug_event(1, 7, 2, 1 << 20, None), DebugEvent::Watchpoint { pc: 7, addr: None });
     }
 
     #[test]
@@ -108,11 +87,7 @@ mod tests {
         .unwrap();
         assert_eq!(addresses, [0x1000, 0x2008, 4, 0]);
         assert_eq!(dr7, 0x400 | 0x2a | 0x9 << 20 | 0xf << 24);
-        for bad in [
-            at(1, 2, BreakOn::Write),
-            at(0, 3, BreakOn::Write),
-            at(0, 2, BreakOn::Execute),
-        ] {
+        for bad in [at(1, 2, BreakOn::Write), at(0, 3, BreakOn::Write), at(0, 2, BreakOn::Execute)] {
             assert!(debug_registers(&[bad]).is_err(), "{bad:?}");
         }
         assert!(debug_registers(&[at(0, 1, BreakOn::Execute); 5]).is_err());

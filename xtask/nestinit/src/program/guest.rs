@@ -18,10 +18,7 @@ pub fn guest() {
         read("/proc/sys/kernel/osrelease").trim()
     );
     let command_line = read("/proc/cmdline");
-    let wish = command_line
-        .split_whitespace()
-        .filter_map(|w| w.strip_prefix("vm_accel.end="))
-        .next_back();
+    let wish = command_line.split_whitespace().filter_map(|w| w.strip_prefix("vm_accel.end=")).next_back();
     match wish.unwrap_or("poweroff") {
         "poweroff" => end(End::PowerOff),
         "reset" => end(End::Reset),
@@ -36,11 +33,7 @@ pub fn guest() {
 
 /// The first figure of `/proc/meminfo`, which is the memory the kernel has.
 fn memory_kib(meminfo: &str) -> u64 {
-    meminfo
-        .split_whitespace()
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0)
+    meminfo.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -49,10 +42,7 @@ mod tests {
 
     #[test]
     fn the_memory_is_the_first_figure() {
-        assert_eq!(
-            memory_kib("MemTotal:         985032 kB\nMemFree:  1 kB\n"),
-            985_032
-        );
+        assert_eq!(memory_kib("MemTotal:         985032 kB\nMemFree:  1 kB\n"), 985_032);
         assert_eq!(memory_kib(""), 0);
     }
 }

@@ -39,11 +39,7 @@ impl Job {
                 "module" => job.modules.push(value),
                 "program" => job.program = value,
                 "arg" => job.args.push(value),
-                "env" => job.env.extend(
-                    value
-                        .split_once('=')
-                        .map(|(k, v)| (k.to_owned(), v.to_owned())),
-                ),
+                "env" => job.env.extend(value.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()))),
                 _ => println!("init: the job has an unknown line: {line}"),
             }
         }
@@ -101,9 +97,7 @@ fn run(job: &Job) -> i32 {
 
 /// The exit status as a shell would give it.
 fn code(status: ExitStatus) -> i32 {
-    status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -112,9 +106,8 @@ mod tests {
 
     #[test]
     fn a_job_is_read_line_by_line() {
-        let job = Job::parse(
-            "token t1\nlimit 9\nmodule /m/a.ko\nmodule /m/b.ko\nprogram /p\narg -x y\narg \nenv A=b=c\n",
-        );
+        let job =
+            Job::parse("token t1\nlimit 9\nmodule /m/a.ko\nmodule /m/b.ko\nprogram /p\narg -x y\narg \nenv A=b=c\n");
         assert_eq!(
             job,
             Job {
@@ -136,16 +129,9 @@ mod tests {
 
     #[test]
     fn the_time_limit_ends_a_program() {
-        let job = Job {
-            program: "/bin/sleep".into(),
-            args: vec!["1000".into()],
-            ..Job::default()
-        };
+        let job = Job { program: "/bin/sleep".into(), args: vec!["1000".into()], ..Job::default() };
         assert_eq!(run(&job), TIMED_OUT);
-        let job = Job {
-            program: "/no/such".into(),
-            ..Job::default()
-        };
+        let job = Job { program: "/no/such".into(), ..Job::default() };
         assert_eq!(run(&job), NOT_STARTED);
     }
 }

@@ -12,10 +12,7 @@ fn page(number: u64) -> u64 {
 #[track_caller]
 fn assert_invalid<T: fmt::Debug>(result: VcpuResult<T>, texts: &[&str]) {
     let error = result.unwrap_err();
-    assert!(
-        matches!(error, AccelError::InvalidArgument { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, AccelError::InvalidArgument { .. }), "{error:?}");
     for text in texts {
         assert!(error.to_string().contains(text), "{error} lacks {text}");
     }
@@ -33,13 +30,7 @@ fn memory() -> GuestMemory {
 fn read_only_page() -> GuestRegion {
     let path = std::env::current_exe().unwrap();
     let file = std::fs::File::open(path).unwrap();
-    GuestRegion::from_file(
-        &file,
-        0,
-        host_page_size(),
-        super::super::FileMapping::ReadOnly,
-    )
-    .unwrap()
+    GuestRegion::from_file(&file, 0, host_page_size(), super::super::FileMapping::ReadOnly).unwrap()
 }
 
 #[test]
@@ -76,20 +67,11 @@ fn misplaced_regions_are_refused() {
     let memory = memory();
     assert_invalid(memory.insert(page(8) + 1, region(1)), &["page size"]);
     let last = 0u64.wrapping_sub(page(1));
-    assert_invalid(
-        memory.insert(last, region(1)),
-        &["beyond the address space"],
-    );
-    assert_invalid(
-        memory.insert(last, region(2)),
-        &["beyond the address space"],
-    );
+    assert_invalid(memory.insert(last, region(1)), &["beyond the address space"]);
+    assert_invalid(memory.insert(last, region(2)), &["beyond the address space"]);
     memory.insert(last - page(1), region(1)).unwrap();
     memory.write_u8(last - 1, 1).unwrap();
-    assert_invalid(
-        memory.write_u8(last, 1),
-        &["no memory", &format!("{last:#x}")],
-    );
+    assert_invalid(memory.write_u8(last, 1), &["no memory", &format!("{last:#x}")]);
 }
 
 #[test]
@@ -112,9 +94,7 @@ fn accesses_span_neighbouring_regions() {
     let mut back = vec![0; data.len()];
     memory.read(gpa, &mut back).unwrap();
     assert_eq!(back, data);
-    memory
-        .write_u64(page(3) - 3, 0x8877_6655_4433_2211)
-        .unwrap();
+    memory.write_u64(page(3) - 3, 0x8877_6655_4433_2211).unwrap();
     assert_eq!(memory.read_u64(page(3) - 3).unwrap(), 0x8877_6655_4433_2211);
     assert_eq!(memory.read_u16(page(3) - 1).unwrap(), 0x4433);
     assert_eq!(memory.read_u8(page(3)).unwrap(), 0x44);
@@ -130,10 +110,7 @@ fn an_access_that_cannot_be_whole_writes_nothing() {
     assert_invalid(memory.write(page(3), &data), &["no memory", &hole]);
     assert_invalid(memory.fill(page(1), page(4), 1), &["no memory", &hole]);
     memory.insert(page(4), region(1)).unwrap();
-    assert_invalid(
-        memory.write(page(4), &data),
-        &["read-only", &format!("{:#x}", page(5))],
-    );
+    assert_invalid(memory.write(page(4), &data), &["read-only", &format!("{:#x}", page(5))]);
     for number in 1..5 {
         assert_eq!(memory.read_u8(page(number)).unwrap(), 0);
     }
@@ -163,11 +140,7 @@ fn find_and_contains_agree_with_the_regions() {
     assert!(found.is_same(&memory.regions()[0].1));
     assert_eq!(offset, page(2) - 1);
     assert!(memory.find(page(4)).is_none() && memory.find(0).is_none());
-    assert!(
-        memory.contains(page(1), page(3))
-            && memory.contains(page(5), page(1))
-            && memory.contains(0, 0)
-    );
+    assert!(memory.contains(page(1), page(3)) && memory.contains(page(5), page(1)) && memory.contains(0, 0));
     assert!(!memory.contains(page(1), page(3) + 1) && !memory.contains(u64::MAX, 2));
 }
 
@@ -175,21 +148,11 @@ fn find_and_contains_agree_with_the_regions() {
 fn atomics_work_at_guest_addresses() {
     let memory = memory();
     memory.store(page(3) + 8, 5u64, Ordering::Release).unwrap();
-    let exchange =
-        memory.compare_exchange(page(3) + 8, 5u64, 6, Ordering::SeqCst, Ordering::Relaxed);
+    let exchange = memory.compare_exchange(page(3) + 8, 5u64, 6, Ordering::SeqCst, Ordering::Relaxed);
     assert_eq!(exchange.unwrap(), Ok(5));
-    assert_eq!(
-        memory.load::<u64>(page(3) + 8, Ordering::Acquire).unwrap(),
-        6
-    );
-    assert_invalid(
-        memory.store(page(5), 1u8, Ordering::Relaxed),
-        &["read-only"],
-    );
-    assert_invalid(
-        memory.load::<u64>(page(3) + 4, Ordering::Relaxed),
-        &["aligned"],
-    );
+    assert_eq!(memory.load::<u64>(page(3) + 8, Ordering::Acquire).unwrap(), 6);
+    assert_invalid(memory.store(page(5), 1u8, Ordering::Relaxed), &["read-only"]);
+    assert_invalid(memory.load::<u64>(page(3) + 4, Ordering::Relaxed), &["aligned"]);
 }
 
 #[test]

@@ -12,18 +12,9 @@ struct TempFile {
 impl TempFile {
     fn new(contents: &[u8]) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "vm-accel-memory-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("vm-accel-memory-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .unwrap();
+        let mut file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.write_all(contents).unwrap();
         Self { path, file }
     }
@@ -49,9 +40,7 @@ impl Drop for TempFile {
 
 /// `pages` pages; each byte is the number of its page, plus 1.
 fn numbered_pages(pages: u8) -> Vec<u8> {
-    (1..=pages)
-        .flat_map(|page| std::iter::repeat_n(page, host_page_size() as usize))
-        .collect()
+    (1..=pages).flat_map(|page| std::iter::repeat_n(page, host_page_size() as usize)).collect()
 }
 
 fn byte(region: &GuestRegion, offset: u64) -> u8 {
@@ -61,10 +50,7 @@ fn byte(region: &GuestRegion, offset: u64) -> u8 {
 #[track_caller]
 fn assert_invalid<T: fmt::Debug>(result: VcpuResult<T>, text: &str) {
     let error = result.unwrap_err();
-    assert!(
-        matches!(error, AccelError::InvalidArgument { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, AccelError::InvalidArgument { .. }), "{error:?}");
     assert!(error.to_string().contains(text), "{error} lacks {text}");
 }
 
@@ -92,10 +78,7 @@ fn sizes_that_are_no_pages_are_refused() {
     for size in [0, 1, host_page_size() - 1, host_page_size() + 1, u64::MAX] {
         assert_invalid(GuestRegion::anonymous(size), "page size");
     }
-    assert_invalid(
-        GuestRegion::anonymous(1 << 63),
-        "more than the host can map",
-    );
+    assert_invalid(GuestRegion::anonymous(1 << 63), "more than the host can map");
 }
 
 #[test]
@@ -129,17 +112,11 @@ fn accesses_outside_the_region_are_refused() {
         assert_invalid(region.mark_dirty(offset, 4), "do not lie within");
     }
     assert_invalid(region.fill(0, u64::MAX, 1), "do not lie within");
-    assert_invalid(
-        region.load::<u64>(size, Ordering::Relaxed),
-        "do not lie within",
-    );
+    assert_invalid(region.load::<u64>(size, Ordering::Relaxed), "do not lie within");
     region.read(size, &mut []).unwrap();
     let mut all = vec![0; size as usize];
     region.read(0, &mut all).unwrap();
-    assert!(
-        all.iter().all(|byte| *byte == 0),
-        "a refused write left traces"
-    );
+    assert!(all.iter().all(|byte| *byte == 0), "a refused write left traces");
 }
 
 #[test]
@@ -150,16 +127,10 @@ fn shared_file_writes_reach_the_file_and_other_mappings() {
     let other = GuestRegion::from_file(&file.file, 0, 3 * page, FileMapping::Shared).unwrap();
     assert_eq!(byte(&region, 0), 2);
     region.write(page - 1, &[0xaa, 0xbb]).unwrap();
-    assert_eq!(
-        (byte(&other, 2 * page - 1), byte(&other, 2 * page)),
-        (0xaa, 0xbb)
-    );
+    assert_eq!((byte(&other, 2 * page - 1), byte(&other, 2 * page)), (0xaa, 0xbb));
     drop((region, other));
     let contents = file.contents();
-    assert_eq!(
-        contents[2 * page as usize - 1..=2 * page as usize],
-        [0xaa, 0xbb]
-    );
+    assert_eq!(contents[2 * page as usize - 1..=2 * page as usize], [0xaa, 0xbb]);
     assert_eq!(contents.len() as u64, 3 * page);
 }
 
@@ -168,13 +139,11 @@ fn copy_on_write_leaves_the_file_alone() {
     let page = host_page_size();
     let before = numbered_pages(2);
     let file = TempFile::new(&before);
-    let region =
-        GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
+    let region = GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
     assert!(region.is_writable());
     region.fill(0, page, 0x77).unwrap();
     assert_eq!(byte(&region, page - 1), 0x77);
-    let fresh =
-        GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
+    let fresh = GuestRegion::from_file(&file.read_only(), page, page, FileMapping::CopyOnWrite).unwrap();
     assert_eq!(byte(&fresh, 0), 2);
     assert_eq!(file.contents(), before);
 }
@@ -189,10 +158,7 @@ fn read_only_memory_refuses_every_write_and_can_be_loaded() {
     assert_invalid(region.write(0, &[0]), "read-only");
     assert_invalid(region.fill(0, 1, 0), "read-only");
     assert_invalid(region.store(0, 0u8, Ordering::Relaxed), "read-only");
-    assert_invalid(
-        region.compare_exchange(0, 1u8, 0, Ordering::SeqCst, Ordering::SeqCst),
-        "read-only",
-    );
+    assert_invalid(region.compare_exchange(0, 1u8, 0, Ordering::SeqCst, Ordering::SeqCst), "read-only");
     for order in [Ordering::Relaxed, Ordering::Acquire, Ordering::SeqCst] {
         assert_eq!(region.load::<u64>(8, order).unwrap(), 0x0101_0101_0101_0101);
     }
@@ -203,27 +169,12 @@ fn read_only_memory_refuses_every_write_and_can_be_loaded() {
 fn file_ranges_that_are_not_there_are_refused() {
     let page = host_page_size();
     let file = TempFile::new(&numbered_pages(2)[1..]);
-    for (offset, size) in [
-        (0, 2 * page),
-        (page, page),
-        (4 * page, page),
-        (u64::MAX - page + 1, page),
-    ] {
-        assert_invalid(
-            GuestRegion::from_file(&file.file, offset, size, FileMapping::Shared),
-            "beyond the file's",
-        );
+    for (offset, size) in [(0, 2 * page), (page, page), (4 * page, page), (u64::MAX - page + 1, page)] {
+        assert_invalid(GuestRegion::from_file(&file.file, offset, size, FileMapping::Shared), "beyond the file's");
     }
-    assert_invalid(
-        GuestRegion::from_file(&file.file, 1, page, FileMapping::Shared),
-        "page size",
-    );
-    assert_invalid(
-        GuestRegion::from_file(&file.file, 0, 0, FileMapping::Shared),
-        "page size",
-    );
-    let error =
-        GuestRegion::from_file(&file.read_only(), 0, page, FileMapping::Shared).unwrap_err();
+    assert_invalid(GuestRegion::from_file(&file.file, 1, page, FileMapping::Shared), "page size");
+    assert_invalid(GuestRegion::from_file(&file.file, 0, 0, FileMapping::Shared), "page size");
+    let error = GuestRegion::from_file(&file.read_only(), 0, page, FileMapping::Shared).unwrap_err();
     assert!(matches!(error, AccelError::Host { .. }), "{error:?}");
 }
 
@@ -232,10 +183,7 @@ fn file_ranges_that_are_not_there_are_refused() {
 fn a_directory_or_device_is_no_memory_file() {
     for path in ["/", "/dev/null"] {
         let file = File::open(path).unwrap();
-        assert_invalid(
-            GuestRegion::from_file(&file, 0, host_page_size(), FileMapping::ReadOnly),
-            "regular file",
-        );
+        assert_invalid(GuestRegion::from_file(&file, 0, host_page_size(), FileMapping::ReadOnly), "regular file");
     }
 }
 
@@ -249,11 +197,8 @@ fn words_are_little_endian_and_must_be_aligned() {
     assert_eq!(region.load::<u16>(10, Ordering::Acquire).unwrap(), 0x0102);
     assert_invalid(region.load::<u32>(10, Ordering::Relaxed), "aligned");
     assert_invalid(region.store(1, 0u16, Ordering::Relaxed), "aligned");
-    let exchange = |current, new| {
-        region
-            .compare_exchange(8, current, new, Ordering::AcqRel, Ordering::Acquire)
-            .unwrap()
-    };
+    let exchange =
+        |current, new| region.compare_exchange(8, current, new, Ordering::AcqRel, Ordering::Acquire).unwrap();
     assert_eq!(exchange(0u32, 1), Err(0x0102_0304));
     assert_eq!(exchange(0x0102_0304, 7), Ok(0x0102_0304));
     assert_eq!(region.load::<u64>(8, Ordering::SeqCst).unwrap(), 7);
@@ -264,10 +209,7 @@ fn impossible_memory_orders_are_errors_not_panics() {
     let region = GuestRegion::anonymous(host_page_size()).unwrap();
     for order in [Ordering::Release, Ordering::AcqRel] {
         assert_invalid(region.load::<u8>(0, order), "a load cannot be");
-        assert_invalid(
-            region.compare_exchange(0, 0u8, 1, Ordering::SeqCst, order),
-            "a load cannot be",
-        );
+        assert_invalid(region.compare_exchange(0, 0u8, 1, Ordering::SeqCst, order), "a load cannot be");
     }
     for order in [Ordering::Acquire, Ordering::AcqRel] {
         assert_invalid(region.store(0, 1u8, order), "a store cannot be");
@@ -286,18 +228,14 @@ fn every_kind_of_host_write_is_recorded() {
     region.fill(3 * page, page + 1, 0).unwrap();
     region.store(6 * page, 0u64, Ordering::Relaxed).unwrap();
     let exchange = |offset, current: u8| {
-        let answer =
-            region.compare_exchange(offset, current, 9, Ordering::Relaxed, Ordering::Relaxed);
+        let answer = region.compare_exchange(offset, current, 9, Ordering::Relaxed, Ordering::Relaxed);
         answer.unwrap().is_ok()
     };
     assert!(exchange(8 * page, 0) && !exchange(9 * page, 1));
     region.mark_dirty(11 * page, 0).unwrap();
     region.mark_dirty(12 * page, 1).unwrap();
     let dirty = region.take_host_dirty();
-    let pages: Vec<_> = dirty
-        .ranges()
-        .map(|range| range.start / page..range.end / page)
-        .collect();
+    let pages: Vec<_> = dirty.ranges().map(|range| range.start / page..range.end / page).collect();
     assert_eq!(pages, vec![0..2, 3..5, 6..7, 8..9, 12..13]);
     assert_eq!((dirty.base(), dirty.size()), (0, region.size()));
     assert!(region.take_host_dirty().is_clean());
@@ -309,28 +247,18 @@ fn discarded_pages_fall_back_to_zeros_or_the_file() {
     let page = host_page_size();
     let file = TempFile::new(&numbered_pages(2));
     let anonymous = GuestRegion::anonymous(2 * page).unwrap();
-    let private =
-        GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::CopyOnWrite).unwrap();
+    let private = GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::CopyOnWrite).unwrap();
     for (region, expected) in [(anonymous, 0), (private, 2)] {
         region.fill(0, 2 * page, 0xcc).unwrap();
         region.track_dirty(true);
         region.discard(page, page).unwrap();
-        assert_eq!(
-            (byte(&region, page - 1), byte(&region, page)),
-            (0xcc, expected)
-        );
-        assert_eq!(
-            region.take_host_dirty().ranges().next(),
-            Some(page..2 * page)
-        );
+        assert_eq!((byte(&region, page - 1), byte(&region, page)), (0xcc, expected));
+        assert_eq!(region.take_host_dirty().ranges().next(), Some(page..2 * page));
         assert_invalid(region.discard(1, page), "aligned");
         assert_invalid(region.discard(page, 2 * page), "do not lie within");
     }
     let shared = GuestRegion::from_file(&file.file, 0, 2 * page, FileMapping::Shared).unwrap();
-    assert!(matches!(
-        shared.discard(0, page),
-        Err(AccelError::Unsupported { .. })
-    ));
+    assert!(matches!(shared.discard(0, page), Err(AccelError::Unsupported { .. })));
 }
 
 #[test]
@@ -351,10 +279,7 @@ fn aligned_words_never_tear_between_threads() {
         for _ in 0..20_000 {
             let mut bytes = [0; 8];
             region.read(8, &mut bytes).unwrap();
-            assert!(
-                PATTERNS.contains(&u64::from_le_bytes(bytes)),
-                "torn: {bytes:x?}"
-            );
+            assert!(PATTERNS.contains(&u64::from_le_bytes(bytes)), "torn: {bytes:x?}");
         }
     });
 }

@@ -9,10 +9,7 @@ fn vcpu(script: Script) -> ScriptedVcpu {
 #[track_caller]
 fn assert_complains<T: std::fmt::Debug>(result: VcpuResult<T>, text: &str) {
     let error = result.unwrap_err();
-    assert!(
-        matches!(error, AccelError::InvalidArgument { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, AccelError::InvalidArgument { .. }), "{error:?}");
     assert!(error.to_string().contains(text), "{error} lacks {text}");
 }
 
@@ -26,45 +23,16 @@ fn exits_come_in_order_with_their_data() {
             .exit(VcpuExit::TripleFault),
     );
     let direction = IoDirection::Out;
-    assert_eq!(
-        vcpu.run().unwrap(),
-        VcpuExit::Io {
-            port: 0x3f8,
-            direction,
-            size: 2
-        }
-    );
+    assert_eq!(vcpu.run().unwrap(), VcpuExit::Io { port: 0x3f8, direction, size: 2 });
     assert_eq!(vcpu.io_data().unwrap(), [1, 2, 3, 4]);
     let (addr, size) = (0xfee0_0000, 4);
-    assert_eq!(
-        vcpu.run().unwrap(),
-        VcpuExit::Mmio {
-            addr,
-            size,
-            is_write: false
-        }
-    );
+    assert_eq!(vcpu.run().unwrap(), VcpuExit::Mmio { addr, size, is_write: false });
     assert_complains(vcpu.io_data(), "not a write");
     let pending = vcpu.pending_access().unwrap();
-    assert_eq!(
-        (
-            pending.addr,
-            pending.len,
-            pending.is_write,
-            pending.answered
-        ),
-        (addr, 4, false, false)
-    );
+    assert_eq!((pending.addr, pending.len, pending.is_write, pending.answered), (addr, 4, false, false));
     vcpu.complete_read(&[0; 4]).unwrap();
     assert!(vcpu.pending_access().unwrap().answered);
-    assert_eq!(
-        vcpu.run().unwrap(),
-        VcpuExit::Mmio {
-            addr: 0x1000,
-            size: 1,
-            is_write: true
-        }
-    );
+    assert_eq!(vcpu.run().unwrap(), VcpuExit::Mmio { addr: 0x1000, size: 1, is_write: true });
     assert_eq!(vcpu.steps_left(), 1);
     assert_complains(vcpu.finish(), "1 steps");
     assert_eq!(vcpu.run().unwrap(), VcpuExit::TripleFault);
@@ -74,11 +42,7 @@ fn exits_come_in_order_with_their_data() {
 
 #[test]
 fn unanswered_reads_are_pending_until_answered() {
-    let mut vcpu = vcpu(
-        Script::new()
-            .io_in(0x60, 1, Answer::exactly([9]))
-            .exit(VcpuExit::Halted),
-    );
+    let mut vcpu = vcpu(Script::new().io_in(0x60, 1, Answer::exactly([9])).exit(VcpuExit::Halted));
     vcpu.run().unwrap();
     let pending = AccelError::PendingRead { addr: 0x60, len: 1 };
     assert_eq!(vcpu.run(), Err(pending.clone()));
@@ -95,19 +59,12 @@ fn unanswered_reads_are_pending_until_answered() {
 fn a_last_read_without_answer_is_not_finished() {
     let mut vcpu = vcpu(Script::new().io_in(0x60, 1, Answer::Any(1)));
     vcpu.run().unwrap();
-    assert_eq!(
-        vcpu.finish(),
-        Err(AccelError::PendingRead { addr: 0x60, len: 1 })
-    );
+    assert_eq!(vcpu.finish(), Err(AccelError::PendingRead { addr: 0x60, len: 1 }));
 }
 
 #[test]
 fn a_deviation_stays_although_its_error_is_swallowed() {
-    let mut vcpu = vcpu(
-        Script::new()
-            .io_in(0x60, 1, Answer::exactly([9]))
-            .exit(VcpuExit::Halted),
-    );
+    let mut vcpu = vcpu(Script::new().io_in(0x60, 1, Answer::exactly([9])).exit(VcpuExit::Halted));
     vcpu.run().unwrap();
     assert_complains(vcpu.complete_read(&[8]), "step 1");
     assert_complains(vcpu.run(), "expects [09]");
@@ -147,23 +104,15 @@ fn registers_are_set_by_the_guest_and_expected_of_the_vmm() {
 
 #[test]
 fn kicks_are_sticky_coalesce_and_wait_for_an_instruction_under_way() {
-    let mut vcpu = vcpu(
-        Script::new()
-            .mmio_write(0x1000, [1])
-            .same_instruction()
-            .mmio_write(0x2000, [2])
-            .exit(VcpuExit::Halted),
-    );
+    let mut vcpu =
+        vcpu(Script::new().mmio_write(0x1000, [1]).same_instruction().mmio_write(0x2000, [2]).exit(VcpuExit::Halted));
     let kick = vcpu.kick_handle().unwrap();
     kick.kick();
     kick.clone().kick();
     assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupt);
     vcpu.run().unwrap();
     kick.kick();
-    assert!(matches!(
-        vcpu.run().unwrap(),
-        VcpuExit::Mmio { addr: 0x2000, .. }
-    ));
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::Mmio { addr: 0x2000, .. }));
     assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupt);
     assert_eq!(vcpu.run().unwrap(), VcpuExit::Halted);
     drop(vcpu);
@@ -182,10 +131,7 @@ fn quiesce_gives_the_rest_of_the_instruction_and_keeps_kicks() {
     vcpu.run().unwrap();
     vcpu.kick_handle().unwrap().kick();
     vcpu.complete_read(&[0]).unwrap();
-    assert!(matches!(
-        vcpu.quiesce().unwrap(),
-        VcpuExit::Mmio { addr: 0x2000, .. }
-    ));
+    assert!(matches!(vcpu.quiesce().unwrap(), VcpuExit::Mmio { addr: 0x2000, .. }));
     for _ in 0..3 {
         assert_eq!(vcpu.quiesce().unwrap(), VcpuExit::Interrupt);
     }
@@ -216,11 +162,7 @@ fn msr_accesses_are_accepted_or_refused_as_the_script_says() {
     let mut answers = vcpu(script.clone());
     answers.run().unwrap();
     assert_complains(answers.complete_read(&[0; 8]), "had to refuse");
-    let mut accepts = vcpu(
-        Script::new()
-            .msr_write(0x11, 0, true)
-            .exit(VcpuExit::Halted),
-    );
+    let mut accepts = vcpu(Script::new().msr_write(0x11, 0, true).exit(VcpuExit::Halted));
     accepts.run().unwrap();
     assert_complains(accepts.finish(), "had to refuse");
     assert_complains(accepts.run(), "had to refuse");
@@ -232,27 +174,14 @@ fn msr_accesses_are_accepted_or_refused_as_the_script_says() {
 
 #[test]
 fn errors_and_debug_events_come_from_the_script() {
-    let failure = AccelError::MemoryFault {
-        kind: crate::AccelKind::Kvm,
-        gpa: 1,
-        size: 2,
-        flags: 3,
-    };
+    let failure = AccelError::MemoryFault { kind: crate::AccelKind::Kvm, gpa: 1, size: 2, flags: 3 };
     let step = DebugEvent::SingleStep { pc: 4 };
-    let mut vcpu = vcpu(
-        Script::new()
-            .fail(failure.clone())
-            .debug(step)
-            .exit(VcpuExit::Halted),
-    );
+    let mut vcpu = vcpu(Script::new().fail(failure.clone()).debug(step).exit(VcpuExit::Halted));
     assert_eq!(vcpu.run(), Err(failure));
     assert_complains(vcpu.debug_event(), "not a debug exit");
     assert_eq!(vcpu.run().unwrap(), VcpuExit::Debug);
     assert_eq!(vcpu.debug_event().unwrap(), step);
-    let debug = GuestDebug {
-        single_step: true,
-        ..GuestDebug::default()
-    };
+    let debug = GuestDebug { single_step: true, ..GuestDebug::default() };
     vcpu.set_guest_debug(&debug).unwrap();
     assert_eq!(vcpu.guest_debug(), &debug);
     vcpu.run().unwrap();
@@ -277,10 +206,7 @@ fn scripts_of_what_no_backend_does_are_refused() {
         (io(3, 3), "1, 2 or 4"),
         (io(2, 3), "whole elements"),
         (io(1, 0), "whole elements"),
-        (
-            Script::new().io_in(0, 1, Answer::Refused),
-            "only accesses to MSRs",
-        ),
+        (Script::new().io_in(0, 1, Answer::Refused), "only accesses to MSRs"),
         (Script::new().mmio_write(0, [0; 9]), "1 to 8"),
         (Script::new().mmio_read(0, Answer::Any(1000)), "1 to 8"),
         (Script::new().mmio_write(0, []), "1 to 8"),
@@ -290,10 +216,7 @@ fn scripts_of_what_no_backend_does_are_refused() {
         (Script::new().expect_reg(usize::MAX, 0), "no register"),
         (Script::new().same_instruction(), "before it"),
         (io(1, 1).same_instruction(), "behind it"),
-        (
-            io(1, 1).same_instruction().exit(VcpuExit::Halted),
-            "behind it",
-        ),
+        (io(1, 1).same_instruction().exit(VcpuExit::Halted), "behind it"),
     ] {
         assert_complains(ScriptedVcpu::new(0, script), text);
     }

@@ -29,11 +29,7 @@ impl Stage1 {
 
     /// The guest physical address of `va`. `read` gives the 64-bit word at a guest physical address. `None` if the address is
     /// not mapped or a table is not in memory.
-    pub(crate) fn translate(
-        &self,
-        va: u64,
-        mut read: impl FnMut(u64) -> Option<u64>,
-    ) -> Option<u64> {
+    pub(crate) fn translate(&self, va: u64, mut read: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
         if self.sctlr & SCTLR_MMU == 0 {
             return Some(va);
         }
@@ -41,22 +37,10 @@ impl Stage1 {
         let (ttbr, size, disabled, granule, tags_ignored) = if upper {
             // TG1 counts the granules in another order than TG0.
             let granule = [None, Some(14), Some(12), Some(16)][bits(self.tcr, 31, 30) as usize];
-            (
-                self.ttbr1,
-                bits(self.tcr, 21, 16),
-                bits(self.tcr, 23, 23),
-                granule,
-                bits(self.tcr, 38, 38),
-            )
+            (self.ttbr1, bits(self.tcr, 21, 16), bits(self.tcr, 23, 23), granule, bits(self.tcr, 38, 38))
         } else {
             let granule = [Some(12), Some(16), Some(14), None][bits(self.tcr, 15, 14) as usize];
-            (
-                self.ttbr0,
-                bits(self.tcr, 5, 0),
-                bits(self.tcr, 7, 7),
-                granule,
-                bits(self.tcr, 37, 37),
-            )
+            (self.ttbr0, bits(self.tcr, 5, 0), bits(self.tcr, 7, 7), granule, bits(self.tcr, 37, 37))
         };
         let granule: u32 = granule?;
         // 12 is the smallest size (52 bits); above 48 the range has not two bits more than a 64 KiB page's.
@@ -66,11 +50,7 @@ impl Stage1 {
         let va_bits = 64 - size as u32;
         let top = if tags_ignored != 0 { 56 } else { 64 };
         let rest = bits(va, top - 1, va_bits.min(top - 1));
-        let expected = if upper {
-            bits(u64::MAX, top - 1, va_bits.min(top - 1))
-        } else {
-            0
-        };
+        let expected = if upper { bits(u64::MAX, top - 1, va_bits.min(top - 1)) } else { 0 };
         if va_bits < top && rest != expected {
             return None;
         }
@@ -147,15 +127,8 @@ mod tests {
         assert_eq!(look(stage1, &tables, page + 0x1000), None);
         assert_eq!(look(stage1, &tables, 0x8123_4567), Some(0x8123_4567));
         assert_eq!(look(stage1, &tables, 0xc000_0000), None, "no entry");
-        assert_eq!(
-            look(stage1, &tables, 1 << 40 | page),
-            None,
-            "outside the range"
-        );
-        let tagged = Stage1 {
-            tcr: 25 | 1 << 37,
-            ..stage1
-        };
+        assert_eq!(look(stage1, &tables, 1 << 40 | page), None, "outside the range");
+        let tagged = Stage1 { tcr: 25 | 1 << 37, ..stage1 };
         assert_eq!(look(tagged, &tables, 0x5a << 56 | page), Some(0x900_0000));
         assert_eq!(look(stage1, &tables, 0x5a << 56 | page), None);
     }
@@ -196,12 +169,7 @@ mod tests {
             seed
         };
         for _ in 0..20_000 {
-            let stage1 = Stage1 {
-                sctlr: next(),
-                tcr: next(),
-                ttbr0: next(),
-                ttbr1: next(),
-            };
+            let stage1 = Stage1 { sctlr: next(), tcr: next(), ttbr0: next(), ttbr1: next() };
             let word = next();
             stage1.translate(next(), |gpa| Some(gpa ^ word | 3));
         }

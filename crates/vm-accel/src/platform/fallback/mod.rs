@@ -140,10 +140,13 @@ impl FallbackVm {
         // writes too if `writable`, which `check` allows only for such regions. Guest memory is never a Rust reference.
         let mapped = unsafe { self.ram.map(gpa, region.as_ptr(), size, writable, owner) };
         mapped.map_err(|error| {
-            AccelError::invalid("mapping", match error {
-                RamError::Overlap => format!("{size:#x} bytes at {gpa:#x}: overlaps another mapping"),
-                other => format!("{size:#x} bytes at {gpa:#x}: {other}"),
-            })
+            AccelError::invalid(
+                "mapping",
+                match error {
+                    RamError::Overlap => format!("{size:#x} bytes at {gpa:#x}: overlaps another mapping"),
+                    other => format!("{size:#x} bytes at {gpa:#x}: {other}"),
+                },
+            )
         })?;
         self.log_dirty(gpa, region, flags)?;
         let watch = Arc::new(CodeWatch { ram: Arc::clone(&self.ram), gpa });
@@ -263,7 +266,10 @@ impl Accel for NoAccel {
         let slots = lock(&self.vm.slots);
         let slot = slots.get(&gpa).ok_or_else(|| no_mapping(gpa))?;
         if !slot.flags.contains(MemoryFlags::LOG_DIRTY) {
-            return Err(AccelError::invalid("guest physical address", format!("the mapping at {gpa:#x} is not logged")));
+            return Err(AccelError::invalid(
+                "guest physical address",
+                format!("the mapping at {gpa:#x} is not logged"),
+            ));
         }
         let words = self.vm.ram.take_dirty_log(gpa).map_err(|_| no_mapping(gpa))?;
         let mut dirty = DirtyBitmap::from_log(gpa, slot.region.size(), &words, PAGE)?;

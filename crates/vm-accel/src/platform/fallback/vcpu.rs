@@ -11,9 +11,7 @@ use crate::platform::soft_apic::{LocalApic, lock};
 use crate::regs::x86_64::{MpState, X86Vcpu};
 use crate::regs::x86_debug::{debug_event, debug_registers};
 use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{
-    DebugEvent, GuestDebug, IoDirection, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps,
-};
+use crate::vcpu_common::{DebugEvent, GuestDebug, IoDirection, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Instant;

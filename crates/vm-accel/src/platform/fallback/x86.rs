@@ -23,8 +23,23 @@ const COMPONENTS: u64 = 3;
 /// The MSRs that a snapshot holds (Intel SDM vol. 4). Those of the local APIC are a group of their own, apart from the
 /// deadline, which the registers do not show.
 const MSRS: [u32; 17] = [
-    0x10, 0x3b, 0x174, 0x175, 0x176, 0x1a0, 0x1d9, 0x277, 0x2ff, 0xc000_0080, 0xc000_0081, 0xc000_0082, 0xc000_0083,
-    0xc000_0084, 0xc000_0102, 0xc000_0103, 0x6e0,
+    0x10,
+    0x3b,
+    0x174,
+    0x175,
+    0x176,
+    0x1a0,
+    0x1d9,
+    0x277,
+    0x2ff,
+    0xc000_0080,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0102,
+    0xc000_0103,
+    0x6e0,
 ];
 /// IA32_TSC_DEADLINE; exists with a local APIC.
 const TSC_DEADLINE: u32 = 0x6e0;

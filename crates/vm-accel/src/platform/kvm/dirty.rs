@@ -24,12 +24,9 @@ fn page() -> u64 {
 
 /// The ring's capability on this kernel, the one with stated memory ordering first.
 pub(super) fn ring_capability(fd: &VmFd) -> Option<u32> {
-    [
-        kb::KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-        kb::KVM_CAP_DIRTY_LOG_RING,
-    ]
-    .into_iter()
-    .find(|cap| fd.check_extension_raw(u64::from(*cap)) > 0)
+    [kb::KVM_CAP_DIRTY_LOG_RING_ACQ_REL, kb::KVM_CAP_DIRTY_LOG_RING]
+        .into_iter()
+        .find(|cap| fd.check_extension_raw(u64::from(*cap)) > 0)
 }
 
 #[derive(Debug)]
@@ -55,31 +52,17 @@ impl DirtyTracking {
             ..Default::default()
         };
         let offered = fd.check_extension_raw(u64::from(cap.cap)) > 0;
-        Self {
-            manual_clear: offered && fd.enable_cap(&cap).is_ok(),
-            rings: Mutex::default(),
-        }
+        Self { manual_clear: offered && fd.enable_cap(&cap).is_ok(), rings: Mutex::default() }
     }
 
     pub(super) fn enable_ring(&self, fd: &VmFd, entries: u32) -> VcpuResult<()> {
         let cap = kb::kvm_enable_cap {
             cap: ring_capability(fd).unwrap_or(kb::KVM_CAP_DIRTY_LOG_RING),
-            args: [
-                u64::from(entries) * size_of::<kb::kvm_dirty_gfn>() as u64,
-                0,
-                0,
-                0,
-            ],
+            args: [u64::from(entries) * size_of::<kb::kvm_dirty_gfn>() as u64, 0, 0, 0],
             ..Default::default()
         };
         fd.enable_cap(&cap).map_err(|error| {
-            AccelError::invalid(
-                "dirty ring",
-                format!(
-                    "the kernel refuses {entries} entries (errno {})",
-                    error.errno()
-                ),
-            )
+            AccelError::invalid("dirty ring", format!("the kernel refuses {entries} entries (errno {})", error.errno()))
         })?;
         lock(&self.rings).entries = entries;
         Ok(())
@@ -114,18 +97,13 @@ impl DirtyTracking {
     /// Empties the rings into `collected` and lets the kernel use the entries again.
     pub(super) fn collect(&self, fd: &VmFd) -> VcpuResult<()> {
         let mut rings = lock(&self.rings);
-        let Rings {
-            rings, collected, ..
-        } = &mut *rings;
+        let Rings { rings, collected, .. } = &mut *rings;
         let mut any = false;
         for ring in rings {
             while let Some((slot, page)) = ring.next() {
                 any = true;
                 // A slot that is gone, or a page behind its end, has no bit: nobody can ask for it.
-                if let Some(word) = collected
-                    .get_mut(&slot)
-                    .and_then(|words| words.get_mut((page / 64) as usize))
-                {
+                if let Some(word) = collected.get_mut(&slot).and_then(|words| words.get_mut((page / 64) as usize)) {
                     *word |= 1 << (page % 64);
                 }
             }
@@ -145,14 +123,9 @@ impl DirtyTracking {
             self.collect(fd)?;
             let mut rings = lock(&self.rings);
             let clean = vec![0; size.div_ceil(page() * 64) as usize];
-            rings
-                .collected
-                .insert(slot.number, clean.clone())
-                .unwrap_or(clean)
+            rings.collected.insert(slot.number, clean.clone()).unwrap_or(clean)
         } else {
-            let words = fd
-                .get_dirty_log(slot.number, size as usize)
-                .map_err(refused("KVM_GET_DIRTY_LOG"))?;
+            let words = fd.get_dirty_log(slot.number, size as usize).map_err(refused("KVM_GET_DIRTY_LOG"))?;
             if self.manual_clear {
                 clear(fd, slot, &words)?;
             }
@@ -182,14 +155,8 @@ fn clear(fd: &VmFd, slot: &Slot, words: &[u64]) -> VcpuResult<()> {
         };
         // SAFETY: the request is the structure that the number was made from; the kernel only reads the bitmap, which
         // has a bit for each of the pages.
-        unsafe {
-            ffi::ioctl(
-                fd.as_raw_fd(),
-                ffi::KVM_CLEAR_DIRTY_LOG,
-                &raw const request as std::ffi::c_ulong,
-            )
-        }
-        .map_err(|code| errno("KVM_CLEAR_DIRTY_LOG", code))?;
+        unsafe { ffi::ioctl(fd.as_raw_fd(), ffi::KVM_CLEAR_DIRTY_LOG, &raw const request as std::ffi::c_ulong) }
+            .map_err(|code| errno("KVM_CLEAR_DIRTY_LOG", code))?;
         first_page += num_pages;
     }
     Ok(())
@@ -228,11 +195,7 @@ impl Ring {
             )
         };
         match NonNull::new(address).filter(|_| address != libc::MAP_FAILED) {
-            Some(address) => Ok(Self {
-                entries: address.cast(),
-                count,
-                next: 0,
-            }),
+            Some(address) => Ok(Self { entries: address.cast(), count, next: 0 }),
             None => Err(errno("mapping the dirty ring", ffi::last_errno())),
         }
     }

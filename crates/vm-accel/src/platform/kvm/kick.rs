@@ -40,10 +40,7 @@ pub fn set_kick_signal(signal: i32) -> VcpuResult<()> {
             Ok(())
         }
         same if same == signal => Ok(()),
-        other => Err(AccelError::invalid(
-            "kick signal",
-            format!("signal {other} is in use already"),
-        )),
+        other => Err(AccelError::invalid("kick signal", format!("signal {other} is in use already"))),
     }
 }
 
@@ -54,12 +51,7 @@ fn signal() -> VcpuResult<i32> {
         let (first, last) = (libc::SIGRTMIN(), libc::SIGRTMAX());
         *chosen = (first..=last)
             .find(|&candidate| install(candidate).is_ok())
-            .ok_or_else(|| {
-                AccelError::invalid(
-                    "kick signal",
-                    "the application handles every real-time signal",
-                )
-            })?;
+            .ok_or_else(|| AccelError::invalid("kick signal", "the application handles every real-time signal"))?;
     }
     Ok(*chosen)
 }
@@ -81,19 +73,14 @@ fn install(signal: i32) -> VcpuResult<()> {
         return Err(refused(format!("signal {signal} cannot be caught")));
     }
     if action.sa_sigaction != libc::SIG_DFL {
-        return Err(refused(format!(
-            "the application handles signal {signal} already"
-        )));
+        return Err(refused(format!("the application handles signal {signal} already")));
     }
     action.sa_sigaction = ignore_signal as extern "C" fn(i32) as usize;
     // Other system calls of the thread go on; KVM_RUN returns EINTR all the same.
     action.sa_flags = libc::SA_RESTART;
     // SAFETY: the handler is async-signal-safe: it does nothing.
     if unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) } != 0 {
-        return Err(refused(format!(
-            "signal {signal} cannot be caught (errno {})",
-            last_errno()
-        )));
+        return Err(refused(format!("signal {signal} cannot be caught (errno {})", last_errno())));
     }
     Ok(())
 }
@@ -223,8 +210,7 @@ impl KickTarget for Kick {
             }
             // SAFETY: tgkill takes numbers only. If the thread left meanwhile the signal does nothing: its handler is
             // empty, and a thread that is gone is an error that nobody needs.
-            let sent =
-                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, self.signal) };
+            let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, self.signal) };
             // A real-time signal is queued, and the user's queue may be full (RLIMIT_SIGPENDING): the kick must not be
             // lost for that.
             if sent == 0 || last_errno() != libc::EAGAIN {

@@ -18,8 +18,8 @@ pub use kick::set_kick_signal;
 pub(crate) use probe::probe;
 
 use crate::accel::{
-    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink,
-    IrqTarget, MemoryFlags, MsiMessage,
+    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget, MemoryFlags,
+    MsiMessage,
 };
 use crate::error::{AccelError, RawCode, VcpuResult};
 use crate::event::HostEvent;
@@ -41,11 +41,7 @@ fn refused(op: &'static str) -> impl Fn(kvm_ioctls::Error) -> AccelError {
 
 /// An error of one of our own ioctls.
 fn errno(op: &'static str, code: i32) -> AccelError {
-    AccelError::Backend {
-        kind: AccelKind::Kvm,
-        op,
-        code: RawCode::Errno(code),
-    }
+    AccelError::Backend { kind: AccelKind::Kvm, op, code: RawCode::Errno(code) }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -100,10 +96,7 @@ trait ArchVm {
 }
 
 fn not_here(what: &'static str) -> AccelError {
-    AccelError::Unsupported {
-        kind: Some(AccelKind::Kvm),
-        what,
-    }
+    AccelError::Unsupported { kind: Some(AccelKind::Kvm), what }
 }
 
 /// What the `AccelKvm`, its vCPUs and interrupt handles share.
@@ -179,10 +172,7 @@ impl AccelKvm {
 
     /// The slots, for a change that starts at `gpa`.
     fn slot_error(gpa: u64) -> AccelError {
-        AccelError::invalid(
-            "guest physical address",
-            format!("no mapping starts at {gpa:#x}"),
-        )
+        AccelError::invalid("guest physical address", format!("no mapping starts at {gpa:#x}"))
     }
 }
 
@@ -232,29 +222,19 @@ fn capabilities(kvm: &Kvm, fd: &VmFd) -> VcpuResult<Capabilities> {
 impl KvmVm {
     /// For `impl_vcpu_new!`: bytes of the run area that the kernel shares per vCPU.
     fn run_area_size(&self) -> VcpuResult<usize> {
-        self.kvm
-            .get_vcpu_mmap_size()
-            .map_err(refused("KVM_GET_VCPU_MMAP_SIZE"))
+        self.kvm.get_vcpu_mmap_size().map_err(refused("KVM_GET_VCPU_MMAP_SIZE"))
     }
 
     /// For `impl_vcpu_new!`.
     fn open_vcpu(&self, id: u32) -> VcpuResult<VcpuFd> {
         if id >= self.caps.max_vcpu_id {
-            return Err(AccelError::invalid(
-                "vCPU id",
-                format!("{id} is not below {}", self.caps.max_vcpu_id),
-            ));
+            return Err(AccelError::invalid("vCPU id", format!("{id} is not below {}", self.caps.max_vcpu_id)));
         }
-        let fd = self
-            .fd
-            .create_vcpu(u64::from(id))
-            .map_err(|error| match error.errno() {
-                libc::EEXIST => AccelError::invalid("vCPU id", format!("{id} exists already")),
-                libc::E2BIG | libc::EINVAL => {
-                    AccelError::invalid("vCPU id", format!("the kernel refuses {id}"))
-                }
-                code => errno("KVM_CREATE_VCPU", code),
-            })?;
+        let fd = self.fd.create_vcpu(u64::from(id)).map_err(|error| match error.errno() {
+            libc::EEXIST => AccelError::invalid("vCPU id", format!("{id} exists already")),
+            libc::E2BIG | libc::EINVAL => AccelError::invalid("vCPU id", format!("the kernel refuses {id}")),
+            code => errno("KVM_CREATE_VCPU", code),
+        })?;
         self.has_vcpus.store(true, Ordering::Relaxed);
         Ok(fd)
     }
@@ -296,16 +276,9 @@ impl KvmVm {
     ) -> VcpuResult<()> {
         let size = region.size();
         let page = self.caps.page_size;
-        let bad = |why: String| {
-            Err(AccelError::invalid(
-                "mapping",
-                format!("{size:#x} bytes at {gpa:#x}: {why}"),
-            ))
-        };
+        let bad = |why: String| Err(AccelError::invalid("mapping", format!("{size:#x} bytes at {gpa:#x}: {why}")));
         if gpa % page != 0 || size % page != 0 {
-            return bad(format!(
-                "address and size must be multiples of the page size {page:#x}"
-            ));
+            return bad(format!("address and size must be multiples of the page size {page:#x}"));
         }
         let Some(end) = gpa.checked_add(size) else {
             return bad("the end exceeds 64 bits".into());
@@ -315,38 +288,23 @@ impl KvmVm {
             return bad(format!("guest physical addresses have {bits} bits here"));
         }
         let below = slots.range(..end).next_back();
-        if let Some((start, slot)) = below.filter(|(start, slot)| *start + slot.region.size() > gpa)
-        {
-            return bad(format!(
-                "overlaps the mapping of {:#x} bytes at {start:#x}",
-                slot.region.size()
-            ));
+        if let Some((start, slot)) = below.filter(|(start, slot)| *start + slot.region.size() > gpa) {
+            return bad(format!("overlaps the mapping of {:#x} bytes at {start:#x}", slot.region.size()));
         }
         self.check_flags(gpa, region, flags)
     }
 
     fn check_flags(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
-        let unsupported = |what| {
-            Err(AccelError::Unsupported {
-                kind: Some(AccelKind::Kvm),
-                what,
-            })
-        };
+        let unsupported = |what| Err(AccelError::Unsupported { kind: Some(AccelKind::Kvm), what });
         if !flags.contains(MemoryFlags::READ) {
-            return Err(AccelError::invalid(
-                "mapping",
-                format!("{gpa:#x}: memory must be readable"),
-            ));
+            return Err(AccelError::invalid("mapping", format!("{gpa:#x}: memory must be readable")));
         }
         if !flags.contains(MemoryFlags::EXECUTE) {
             return unsupported("memory that the guest cannot execute");
         }
         if flags.contains(MemoryFlags::WRITE) {
             if !region.is_writable() {
-                return Err(AccelError::invalid(
-                    "mapping",
-                    format!("{gpa:#x}: the host memory is read-only"),
-                ));
+                return Err(AccelError::invalid("mapping", format!("{gpa:#x}: the host memory is read-only")));
             }
         } else if !self.caps.read_only_memory {
             return unsupported("read-only memory");
@@ -358,10 +316,7 @@ impl KvmVm {
     fn free_slot(&self, slots: &Slots) -> VcpuResult<u32> {
         let used = slots.by_gpa.len();
         if used >= self.caps.max_memory_slots as usize {
-            return Err(AccelError::invalid(
-                "mapping",
-                format!("all {used} memory slots are in use"),
-            ));
+            return Err(AccelError::invalid("mapping", format!("all {used} memory slots are in use")));
         }
         Ok(slots.freed.last().copied().unwrap_or(used as u32))
     }
@@ -387,11 +342,7 @@ impl Accel for AccelKvm {
     fn map_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
         self.vm.check_mapping(&slots.by_gpa, gpa, region, flags)?;
-        let slot = Slot {
-            number: self.vm.free_slot(&slots)?,
-            region: region.clone(),
-            flags,
-        };
+        let slot = Slot { number: self.vm.free_slot(&slots)?, region: region.clone(), flags };
         self.vm.set_slot(gpa, &slot, region.size())?;
         self.vm.dirty.mapped(&slot);
         slots.freed.pop();
@@ -401,10 +352,7 @@ impl Accel for AccelKvm {
 
     fn unmap_memory(&mut self, gpa: u64) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let slot = slots
-            .by_gpa
-            .get(&gpa)
-            .ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots.by_gpa.get(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
         self.vm.set_slot(gpa, slot, 0)?;
         let number = slot.number;
         slots.by_gpa.remove(&gpa);
@@ -412,30 +360,15 @@ impl Accel for AccelKvm {
         Ok(())
     }
 
-    fn remap_memory(
-        &mut self,
-        gpa: u64,
-        region: &GuestRegion,
-        flags: MemoryFlags,
-    ) -> VcpuResult<()> {
+    fn remap_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let old = slots
-            .by_gpa
-            .get_mut(&gpa)
-            .ok_or_else(|| Self::slot_error(gpa))?;
+        let old = slots.by_gpa.get_mut(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
         if old.region.size() != region.size() {
             let (new, old) = (region.size(), old.region.size());
-            return Err(AccelError::invalid(
-                "mapping",
-                format!("{gpa:#x}: {new:#x} bytes cannot replace {old:#x}"),
-            ));
+            return Err(AccelError::invalid("mapping", format!("{gpa:#x}: {new:#x} bytes cannot replace {old:#x}")));
         }
         self.vm.check_flags(gpa, region, flags)?;
-        let new = Slot {
-            number: old.number,
-            region: region.clone(),
-            flags,
-        };
+        let new = Slot { number: old.number, region: region.clone(), flags };
         // KVM lets neither the host address nor the read-only flag of a slot change: remove and add.
         self.vm.set_slot(gpa, old, 0)?;
         if let Err(error) = self.vm.set_slot(gpa, &new, region.size()) {
@@ -449,16 +382,9 @@ impl Accel for AccelKvm {
 
     fn protect_memory(&mut self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
         let mut slots = lock(&self.vm.slots);
-        let slot = slots
-            .by_gpa
-            .get_mut(&gpa)
-            .ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots.by_gpa.get_mut(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
         self.vm.check_flags(gpa, &slot.region, flags)?;
-        let new = Slot {
-            number: slot.number,
-            region: slot.region.clone(),
-            flags,
-        };
+        let new = Slot { number: slot.number, region: slot.region.clone(), flags };
         if (slot.flags ^ flags).contains(MemoryFlags::WRITE) {
             self.vm.set_slot(gpa, slot, 0)?;
         }
@@ -473,10 +399,7 @@ impl Accel for AccelKvm {
 
     fn take_dirty(&mut self, gpa: u64) -> VcpuResult<DirtyBitmap> {
         let slots = lock(&self.vm.slots);
-        let slot = slots
-            .by_gpa
-            .get(&gpa)
-            .ok_or_else(|| Self::slot_error(gpa))?;
+        let slot = slots.by_gpa.get(&gpa).ok_or_else(|| Self::slot_error(gpa))?;
         if !slot.flags.contains(MemoryFlags::LOG_DIRTY) {
             return Err(AccelError::invalid(
                 "guest physical address",
@@ -488,17 +411,11 @@ impl Accel for AccelKvm {
 
     fn create_irqchip(&mut self, chip: IrqChip) -> VcpuResult<()> {
         if self.vm.has_vcpus.load(Ordering::Relaxed) {
-            return Err(AccelError::invalid(
-                "interrupt controller",
-                "vCPUs exist already",
-            ));
+            return Err(AccelError::invalid("interrupt controller", "vCPUs exist already"));
         }
         let mut current = lock(&self.vm.irqchip);
         if *current != IrqChip::None {
-            return Err(AccelError::invalid(
-                "interrupt controller",
-                "there is one already",
-            ));
+            return Err(AccelError::invalid("interrupt controller", "there is one already"));
         }
         let caps = &self.vm.caps;
         match chip {
@@ -526,34 +443,15 @@ impl Accel for AccelKvm {
         if !self.vm.has_local_apics() {
             return Err(self.unsupported("interrupt routing without an interrupt controller"));
         }
-        let entries: Vec<_> = routes
-            .iter()
-            .map(|(gsi, target)| route(*gsi, target))
-            .collect();
-        let table = kb::KvmIrqRouting::from_entries(&entries).map_err(|_| {
-            AccelError::invalid(
-                "interrupt routes",
-                format!("{} are too many", entries.len()),
-            )
-        })?;
-        self.vm
-            .fd
-            .set_gsi_routing(&table)
-            .map_err(refused("KVM_SET_GSI_ROUTING"))
+        let entries: Vec<_> = routes.iter().map(|(gsi, target)| route(*gsi, target)).collect();
+        let table = kb::KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| AccelError::invalid("interrupt routes", format!("{} are too many", entries.len())))?;
+        self.vm.fd.set_gsi_routing(&table).map_err(refused("KVM_SET_GSI_ROUTING"))
     }
 
-    fn register_irqfd(
-        &mut self,
-        event: &HostEvent,
-        gsi: u32,
-        resample: Option<&HostEvent>,
-    ) -> VcpuResult<()> {
+    fn register_irqfd(&mut self, event: &HostEvent, gsi: u32, resample: Option<&HostEvent>) -> VcpuResult<()> {
         self.vm.arch.before_interrupts()?;
-        let mut irqfd = kb::kvm_irqfd {
-            fd: event.as_raw_fd() as u32,
-            gsi,
-            ..Default::default()
-        };
+        let mut irqfd = kb::kvm_irqfd { fd: event.as_raw_fd() as u32, gsi, ..Default::default() };
         if let Some(resample) = resample {
             irqfd.flags = kb::KVM_IRQFD_FLAG_RESAMPLE;
             irqfd.resamplefd = resample.as_raw_fd() as u32;
@@ -572,11 +470,7 @@ impl Accel for AccelKvm {
     }
 
     fn register_ioevent(&mut self, event: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
-        self.vm_ioctl(
-            "KVM_IOEVENTFD",
-            ffi::KVM_IOEVENTFD,
-            &io_event(event, on, 0)?,
-        )
+        self.vm_ioctl("KVM_IOEVENTFD", ffi::KVM_IOEVENTFD, &io_event(event, on, 0)?)
     }
 
     fn set_aarch64_features(&mut self, features: Aarch64Features) -> VcpuResult<()> {
@@ -600,42 +494,24 @@ impl Accel for AccelKvm {
 
     fn unregister_ioevent(&mut self, event: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
         let deassign = 1 << kb::kvm_ioeventfd_flag_nr_deassign;
-        self.vm_ioctl(
-            "KVM_IOEVENTFD",
-            ffi::KVM_IOEVENTFD,
-            &io_event(event, on, deassign)?,
-        )
+        self.vm_ioctl("KVM_IOEVENTFD", ffi::KVM_IOEVENTFD, &io_event(event, on, deassign)?)
     }
 }
 
 impl AccelKvm {
     /// An ioctl of the virtual machine that reads one structure.
-    fn vm_ioctl<T>(
-        &self,
-        op: &'static str,
-        request: std::ffi::c_ulong,
-        argument: &T,
-    ) -> VcpuResult<()> {
+    fn vm_ioctl<T>(&self, op: &'static str, request: std::ffi::c_ulong, argument: &T) -> VcpuResult<()> {
         // SAFETY: every request passed here (KVM_IRQFD, KVM_IOEVENTFD) reads one structure of the type `T` that its
         // number was made from, and keeps no pointer to it.
-        unsafe {
-            ffi::ioctl(
-                self.vm.fd.as_raw_fd(),
-                request,
-                &raw const *argument as std::ffi::c_ulong,
-            )
-        }
-        .map(drop)
-        .map_err(|code| errno(op, code))
+        unsafe { ffi::ioctl(self.vm.fd.as_raw_fd(), request, &raw const *argument as std::ffi::c_ulong) }
+            .map(drop)
+            .map_err(|code| errno(op, code))
     }
 }
 
 /// The kernel's form of a routing entry.
 fn route(gsi: u32, target: &IrqTarget) -> kb::kvm_irq_routing_entry {
-    let mut entry = kb::kvm_irq_routing_entry {
-        gsi,
-        ..Default::default()
-    };
+    let mut entry = kb::kvm_irq_routing_entry { gsi, ..Default::default() };
     match *target {
         IrqTarget::Pin { chip, pin } => {
             entry.type_ = kb::KVM_IRQ_ROUTING_IRQCHIP;
@@ -662,10 +538,7 @@ fn route(gsi: u32, target: &IrqTarget) -> kb::kvm_irq_routing_entry {
 /// The kernel's form of an event binding.
 fn io_event(event: &HostEvent, on: IoEventMatch, mut flags: u32) -> VcpuResult<kb::kvm_ioeventfd> {
     if !matches!(on.size, 0 | 1 | 2 | 4 | 8) {
-        return Err(AccelError::invalid(
-            "event width",
-            format!("{} is none of 0, 1, 2, 4, 8", on.size),
-        ));
+        return Err(AccelError::invalid("event width", format!("{} is none of 0, 1, 2, 4, 8", on.size)));
     }
     if on.size == 0 && on.value.is_some() {
         return Err(AccelError::invalid("event width", "a value needs a width"));
@@ -713,9 +586,6 @@ impl IrqSink for KvmVm {
             ..Default::default()
         };
         // The answer says how many vCPUs got it; a guest that masks it is not an error.
-        self.fd
-            .signal_msi(message)
-            .map(drop)
-            .map_err(refused("KVM_SIGNAL_MSI"))
+        self.fd.signal_msi(message).map(drop).map_err(refused("KVM_SIGNAL_MSI"))
     }
 }

@@ -10,29 +10,19 @@ use std::os::unix::fs::MetadataExt;
 const DEVICE: &str = "/dev/kvm";
 
 fn unavailable(reason: UnavailableReason) -> AccelError {
-    AccelError::Unavailable {
-        kind: AccelKind::Kvm,
-        reason,
-    }
+    AccelError::Unavailable { kind: AccelKind::Kvm, reason }
 }
 
 /// Opens `/dev/kvm` and checks its version.
 pub(super) fn open() -> VcpuResult<Kvm> {
     let kvm = Kvm::new().map_err(|error| {
         unavailable(match error.errno() {
-            libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-                UnavailableReason::NoDevice { path: DEVICE }
-            }
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => UnavailableReason::NoDevice { path: DEVICE },
             libc::EACCES | libc::EPERM => UnavailableReason::PermissionDenied {
                 path: DEVICE,
-                group: std::fs::metadata(DEVICE)
-                    .ok()
-                    .and_then(|meta| group_name(meta.gid())),
+                group: std::fs::metadata(DEVICE).ok().and_then(|meta| group_name(meta.gid())),
             },
-            code => UnavailableReason::Failed {
-                op: "opening /dev/kvm",
-                code: RawCode::Errno(code),
-            },
+            code => UnavailableReason::Failed { op: "opening /dev/kvm", code: RawCode::Errno(code) },
         })
     })?;
     let (found, needed) = (kvm.get_api_version(), kvm_bindings::KVM_API_VERSION as i32);
@@ -54,15 +44,7 @@ fn group_name(gid: u32) -> Option<String> {
     let mut group: libc::group = unsafe { std::mem::zeroed() };
     let mut found = std::ptr::null_mut();
     // SAFETY: all pointers are to locals, and the buffer's length is given.
-    let code = unsafe {
-        libc::getgrgid_r(
-            gid,
-            &raw mut group,
-            buffer.as_mut_ptr(),
-            buffer.len(),
-            &raw mut found,
-        )
-    };
+    let code = unsafe { libc::getgrgid_r(gid, &raw mut group, buffer.as_mut_ptr(), buffer.len(), &raw mut found) };
     if code != 0 || found.is_null() {
         return None;
     }

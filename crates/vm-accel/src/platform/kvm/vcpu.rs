@@ -14,9 +14,7 @@ use crate::ffi::kvm as ffi;
 use crate::regs::aarch64::Aarch64Vcpu;
 use crate::regs::x86_64::X86Vcpu;
 use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{
-    DebugEvent, GuestDebug, IoDirection, PendingAccess, VcpuExit, VcpuKick, VcpuOps,
-};
+use crate::vcpu_common::{DebugEvent, GuestDebug, IoDirection, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use kvm_bindings as kb;
 use kvm_ioctls::VcpuFd;
 use std::os::fd::AsRawFd;
@@ -118,10 +116,7 @@ impl KvmVcpu {
     const RUN_AREA: usize = size_of::<kb::kvm_run>();
 
     fn from_parts(vm: Arc<KvmVm>, id: u32, mut fd: VcpuFd) -> VcpuResult<Self> {
-        let run = RunArea {
-            run: NonNull::from(fd.get_kvm_run()),
-            size: vm.run_area_size()?,
-        };
+        let run = RunArea { run: NonNull::from(fd.get_kvm_run()), size: vm.run_area_size()? };
         let byte = run.run.as_ptr().cast::<u8>();
         // SAFETY: the field lies inside the mapped structure.
         let byte = unsafe { byte.add(std::mem::offset_of!(kb::kvm_run, immediate_exit)) };
@@ -168,15 +163,9 @@ impl KvmVcpu {
     ///
     /// # Safety
     /// As [`ffi::ioctl`].
-    pub(super) unsafe fn ioctl(
-        &self,
-        op: &'static str,
-        request: u64,
-        argument: u64,
-    ) -> VcpuResult<i32> {
+    pub(super) unsafe fn ioctl(&self, op: &'static str, request: u64, argument: u64) -> VcpuResult<i32> {
         // SAFETY: the caller's promise.
-        unsafe { ffi::ioctl(self.fd.as_raw_fd(), request as _, argument as _) }
-            .map_err(|code| errno(op, code))
+        unsafe { ffi::ioctl(self.fd.as_raw_fd(), request as _, argument as _) }.map_err(|code| errno(op, code))
     }
 
     /// `KVM_RUN` until something happens: `None` if it was interrupted.
@@ -211,12 +200,7 @@ impl KvmVcpu {
             let fault = unsafe { run.__bindgen_anon_1.memory_fault };
             (gpa, size, flags) = (fault.gpa, fault.size, fault.flags);
         }
-        AccelError::MemoryFault {
-            kind: AccelKind::Kvm,
-            gpa,
-            size,
-            flags,
-        }
+        AccelError::MemoryFault { kind: AccelKind::Kvm, gpa, size, flags }
     }
 
     /// What `run` and `quiesce` share: enters, and translates the exit.
@@ -224,10 +208,7 @@ impl KvmVcpu {
     fn step(&mut self) -> VcpuResult<Option<VcpuExit>> {
         if let Some(pending) = &self.pending {
             if !pending.answered {
-                return Err(AccelError::PendingRead {
-                    addr: pending.addr,
-                    len: pending.len,
-                });
+                return Err(AccelError::PendingRead { addr: pending.addr, len: pending.len });
             }
             if pending.kind == PendingKind::Hypercall {
                 self.arch_finish_call()?;
@@ -265,11 +246,7 @@ impl KvmVcpu {
                 self.expect_io(u64::from(io.port), io.data_offset as usize, len, is_write);
                 Ok(VcpuExit::Io {
                     port: io.port,
-                    direction: if is_write {
-                        IoDirection::Out
-                    } else {
-                        IoDirection::In
-                    },
+                    direction: if is_write { IoDirection::Out } else { IoDirection::In },
                     size: io.size,
                 })
             }
@@ -279,11 +256,7 @@ impl KvmVcpu {
                 let is_write = mmio.is_write != 0;
                 let len = (mmio.len as usize).min(mmio.data.len());
                 self.expect_io(mmio.phys_addr, exit_offset!(mmio.data), len, is_write);
-                Ok(VcpuExit::Mmio {
-                    addr: mmio.phys_addr,
-                    size: len as u8,
-                    is_write,
-                })
+                Ok(VcpuExit::Mmio { addr: mmio.phys_addr, size: len as u8, is_write })
             }
             kb::KVM_EXIT_HLT => Ok(VcpuExit::Halted),
             kb::KVM_EXIT_INTR | kb::KVM_EXIT_NMI | kb::KVM_EXIT_SET_TPR => Ok(VcpuExit::Interrupt),
@@ -338,10 +311,7 @@ impl KvmVcpu {
             kb::KVM_EXIT_FAIL_ENTRY => {
                 // SAFETY: as above.
                 let reason = unsafe { exit.fail_entry.hardware_entry_failure_reason };
-                Err(AccelError::EntryFailed {
-                    kind: AccelKind::Kvm,
-                    reason,
-                })
+                Err(AccelError::EntryFailed { kind: AccelKind::Kvm, reason })
             }
             kb::KVM_EXIT_INTERNAL_ERROR => Err(self.internal_error()),
             _ => self.arch_exit(reason),
@@ -351,14 +321,7 @@ impl KvmVcpu {
     /// Remembers an access of `len` bytes whose data stands at `offset` in the run area.
     #[inline(always)]
     pub(super) fn expect_io(&mut self, addr: u64, offset: usize, len: usize, is_write: bool) {
-        self.pending = Some(Pending {
-            kind: PendingKind::Io,
-            addr,
-            offset,
-            len,
-            is_write,
-            answered: is_write,
-        });
+        self.pending = Some(Pending { kind: PendingKind::Io, addr, offset, len, is_write, answered: is_write });
     }
 
     /// An instruction that the kernel could not emulate, or an error of its own.
@@ -368,8 +331,7 @@ impl KvmVcpu {
         let failure = unsafe { self.run.get().__bindgen_anon_1.emulation_failure };
         let has_bytes = failure.suberror == kb::KVM_INTERNAL_ERROR_EMULATION
             && failure.ndata >= 1
-            && failure.flags & u64::from(kb::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
-                != 0;
+            && failure.flags & u64::from(kb::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
         let mut instruction = InstructionBytes::default();
         if has_bytes {
             // SAFETY: the flag says that the kernel filled these bytes.
@@ -388,9 +350,7 @@ impl KvmVcpu {
     /// The pending access if it is one of the wanted direction.
     fn expect(&self, what: &'static str, is_write: bool) -> VcpuResult<Pending> {
         self.pending
-            .filter(|pending| {
-                pending.is_write == is_write && pending.kind != PendingKind::Hypercall
-            })
+            .filter(|pending| pending.is_write == is_write && pending.kind != PendingKind::Hypercall)
             .ok_or_else(|| AccelError::invalid(what, "no such access is pending"))
     }
 }
@@ -460,11 +420,7 @@ impl VcpuOps for KvmVcpu {
         if data.len() != pending.len {
             return Err(AccelError::invalid(
                 "answer to a read",
-                format!(
-                    "{} bytes were given, {} are needed",
-                    data.len(),
-                    pending.len
-                ),
+                format!("{} bytes were given, {} are needed", data.len(), pending.len),
             ));
         }
         if pending.kind == PendingKind::Msr {
@@ -472,16 +428,10 @@ impl VcpuOps for KvmVcpu {
         }
         let target = self.run.bytes_mut(pending.offset, pending.len);
         if target.len() != data.len() {
-            return Err(AccelError::invalid(
-                "answer to a read",
-                "the kernel's data lies outside its run area",
-            ));
+            return Err(AccelError::invalid("answer to a read", "the kernel's data lies outside its run area"));
         }
         target.copy_from_slice(data);
-        self.pending = Some(Pending {
-            answered: true,
-            ..pending
-        });
+        self.pending = Some(Pending { answered: true, ..pending });
         Ok(())
     }
 
@@ -489,10 +439,7 @@ impl VcpuOps for KvmVcpu {
         match &mut self.pending {
             Some(pending) if pending.kind == PendingKind::Msr => pending.answered = true,
             _ => {
-                return Err(AccelError::invalid(
-                    "refused access",
-                    "no access to an MSR is pending",
-                ));
+                return Err(AccelError::invalid("refused access", "no access to an MSR is pending"));
             }
         }
         self.run.get_mut().__bindgen_anon_1.msr.error = 1;
@@ -500,9 +447,7 @@ impl VcpuOps for KvmVcpu {
     }
 
     fn pending_access(&self) -> Option<PendingAccess> {
-        let pending = self
-            .pending
-            .filter(|pending| pending.kind != PendingKind::Hypercall)?;
+        let pending = self.pending.filter(|pending| pending.kind != PendingKind::Hypercall)?;
         Some(PendingAccess {
             addr: pending.addr,
             len: pending.len,

@@ -20,8 +20,8 @@ use crate::macros::struct_map;
 use crate::memory::GuestRegion;
 use crate::regs::aarch64::Aarch64Vcpu;
 use crate::regs::x86_64::{
-    CpuidEntry, DescriptorTable, FXSAVE_SIZE, LapicState, MpState, Reg, Segment, X86DebugRegs,
-    X86Events, X86FpuRegs, X86Msr, X86Sregs, X86Vcpu, Xcr,
+    CpuidEntry, DescriptorTable, FXSAVE_SIZE, LapicState, MpState, Reg, Segment, X86DebugRegs, X86Events, X86FpuRegs,
+    X86Msr, X86Sregs, X86Vcpu, Xcr,
 };
 use crate::regs::{FpuRegs, GuestRegs, x86_debug};
 use crate::vcpu_common::{DebugEvent, FromGuestRegs, GuestDebug, ToGuestRegs, VcpuExit, VcpuOps};
@@ -84,10 +84,8 @@ const MP_STATES: [(MpState, u32); 5] = [
 
 /// What a new virtual machine needs before its first vCPU.
 pub(super) fn prepare_vm(fd: &VmFd) -> VcpuResult<()> {
-    fd.set_identity_map_address(IDENTITY_MAP)
-        .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    fd.set_tss_address(TSS as usize)
-        .map_err(refused("KVM_SET_TSS_ADDR"))?;
+    fd.set_identity_map_address(IDENTITY_MAP).map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    fd.set_tss_address(TSS as usize).map_err(refused("KVM_SET_TSS_ADDR"))?;
     // The calls that the kernel can hand over; it answers the others itself. A kernel that offers none is older.
     let calls = fd.check_extension_raw(kb::KVM_CAP_EXIT_HYPERCALL.into());
     if calls > 0 {
@@ -102,14 +100,8 @@ pub(super) fn prepare_vm(fd: &VmFd) -> VcpuResult<()> {
 }
 
 pub(super) fn capabilities(kvm: &Kvm, fd: &VmFd, caps: &mut Capabilities) -> VcpuResult<()> {
-    let cpuid = kvm
-        .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
-        .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
-    let bits = cpuid
-        .as_slice()
-        .iter()
-        .find(|entry| entry.function == 0x8000_0008)
-        .map_or(36, |entry| entry.eax as u8);
+    let cpuid = kvm.get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+    let bits = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008).map_or(36, |entry| entry.eax as u8);
     let xsave = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
     caps.guest_phys_bits = bits;
     caps.split_irqchip = fd.check_extension_int(Cap::SplitIrqchip) > 0;
@@ -130,9 +122,7 @@ pub(super) fn vm_type(_kvm: &Kvm) -> u64 {
 
 /// Sets an interrupt line.
 pub(super) fn set_line(vm: &KvmVm, gsi: u32, level: bool) -> VcpuResult<()> {
-    vm.fd
-        .set_irq_line(gsi, level)
-        .map_err(refused("KVM_IRQ_LINE"))
+    vm.fd.set_irq_line(gsi, level).map_err(refused("KVM_IRQ_LINE"))
 }
 
 impl ArchVm for VmArch {}
@@ -148,8 +138,7 @@ pub(super) fn create_irqchip(vm: &KvmVm, chip: IrqChip) -> VcpuResult<()> {
             })
             .map_err(refused("KVM_CAP_SPLIT_IRQCHIP"));
     }
-    fd.create_irq_chip()
-        .map_err(refused("KVM_CREATE_IRQCHIP"))?;
+    fd.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
     fd.create_pit2(kb::kvm_pit_config {
         // The speaker port answers, so that guests can calibrate with channel 2.
         flags: kb::KVM_PIT_SPEAKER_DUMMY,
@@ -176,11 +165,7 @@ pub(super) fn emulates_ring0(vm: &mut AccelKvm) -> VcpuResult<Option<bool>> {
         *segment = Segment::flat_data(16, 0);
     }
     x86.set_sregs(&sregs)?;
-    let regs = GuestRegs {
-        pc: CODE,
-        flags: crate::x86_64::RFLAGS_RESERVED,
-        ..Default::default()
-    };
+    let regs = GuestRegs { pc: CODE, flags: crate::x86_64::RFLAGS_RESERVED, ..Default::default() };
     vcpu.set_regs(&regs)?;
     for _ in 0..100 {
         match vcpu.run() {
@@ -252,10 +237,7 @@ impl KvmVcpu {
         Ok(())
     }
 
-    pub(super) fn arch_debug_event(
-        &self,
-        debug: &kb::kvm_debug_exit_arch,
-    ) -> VcpuResult<DebugEvent> {
+    pub(super) fn arch_debug_event(&self, debug: &kb::kvm_debug_exit_arch) -> VcpuResult<DebugEvent> {
         Ok(debug_event(debug))
     }
 
@@ -280,10 +262,7 @@ impl KvmVcpu {
         if self.arch.synced.get() {
             return self.synced_regs().to_guest_regs();
         }
-        self.fd
-            .get_regs()
-            .map_err(refused("KVM_GET_REGS"))?
-            .to_guest_regs()
+        self.fd.get_regs().map_err(refused("KVM_GET_REGS"))?.to_guest_regs()
     }
 
     #[inline]
@@ -300,9 +279,7 @@ impl KvmVcpu {
         self.fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
         if let Some(debug) = &self.arch.single_step {
             // The kernel has cleared the trap flag: it keeps it only if RIP is where stepping was switched on.
-            self.fd
-                .set_guest_debug(debug)
-                .map_err(refused("KVM_SET_GUEST_DEBUG"))?;
+            self.fd.set_guest_debug(debug).map_err(refused("KVM_SET_GUEST_DEBUG"))?;
         }
         Ok(())
     }
@@ -311,9 +288,7 @@ impl KvmVcpu {
     fn flush_regs(&self) -> VcpuResult<()> {
         if self.arch.dirty.replace(false) {
             self.clear_dirty_regs();
-            self.fd
-                .set_regs(self.synced_regs())
-                .map_err(refused("KVM_SET_REGS"))?;
+            self.fd.set_regs(self.synced_regs()).map_err(refused("KVM_SET_REGS"))?;
         }
         Ok(())
     }
@@ -327,9 +302,7 @@ impl KvmVcpu {
         let regs = regs.as_x86()?;
         let mut area = self.get_xsave()?;
         const MXCSR_MASK: usize = 28;
-        let mask = area[MXCSR_MASK..FXSAVE_SIZE]
-            .first_chunk()
-            .map_or(0, |bytes| u32::from_le_bytes(*bytes));
+        let mask = area[MXCSR_MASK..FXSAVE_SIZE].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         regs.check(mask)?;
         regs.write_xsave(&mut area)?;
         self.set_xsave(&area)
@@ -350,9 +323,7 @@ impl KvmVcpu {
             }
         }
         self.flush_regs()?;
-        self.fd
-            .set_guest_debug(&theirs)
-            .map_err(refused("KVM_SET_GUEST_DEBUG"))?;
+        self.fd.set_guest_debug(&theirs).map_err(refused("KVM_SET_GUEST_DEBUG"))?;
         self.arch.single_step = debug.single_step.then_some(theirs);
         Ok(())
     }
@@ -376,18 +347,12 @@ fn in_parts(
     let mut done = 0;
     for part in msrs.chunks(kb::KVM_MAX_MSR_ENTRIES) {
         let entries: Vec<kb::kvm_msr_entry> = part.iter().map(Into::into).collect();
-        let mut list = kb::Msrs::from_entries(&entries).map_err(|_| {
-            AccelError::invalid("MSR list", format!("{} entries at once", entries.len()))
-        })?;
+        let mut list = kb::Msrs::from_entries(&entries)
+            .map_err(|_| AccelError::invalid("MSR list", format!("{} entries at once", entries.len())))?;
         let processed = each(&mut list)?;
         done += processed;
         if let Some(failed) = part.get(processed) {
-            return Err(AccelError::Msr {
-                kind: AccelKind::Kvm,
-                op,
-                index: failed.index,
-                done,
-            });
+            return Err(AccelError::Msr { kind: AccelKind::Kvm, op, index: failed.index, done });
         }
     }
     Ok(())
@@ -416,20 +381,14 @@ impl X86Vcpu for KvmVcpu {
         // What we do not name, the interrupt bitmap, stays.
         let mut theirs = self.fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
         copy_sregs!(sregs => &mut theirs);
-        self.fd
-            .set_sregs(&theirs)
-            .map_err(refused("KVM_SET_SREGS"))?;
+        self.fd.set_sregs(&theirs).map_err(refused("KVM_SET_SREGS"))?;
         // Without a local APIC in the kernel the run area's CR8 counts at the next entry.
         self.run_area_mut().cr8 = sregs.cr8;
         Ok(())
     }
 
     fn msr_indices(&self) -> VcpuResult<Vec<u32>> {
-        let list = self
-            .vm
-            .kvm
-            .get_msr_index_list()
-            .map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;
+        let list = self.vm.kvm.get_msr_index_list().map_err(refused("KVM_GET_MSR_INDEX_LIST"))?;
         let mut indices = list.as_slice().to_vec();
         if !self.vm.has_local_apics() {
             // The kernel lists it for every virtual machine, and refuses to set it where it could not interrupt.
@@ -439,10 +398,7 @@ impl X86Vcpu for KvmVcpu {
     }
 
     fn get_msrs(&self, indices: &[u32]) -> VcpuResult<Vec<X86Msr>> {
-        let wanted: Vec<X86Msr> = indices
-            .iter()
-            .map(|&index| X86Msr { index, value: 0 })
-            .collect();
+        let wanted: Vec<X86Msr> = indices.iter().map(|&index| X86Msr { index, value: 0 }).collect();
         let mut found = Vec::with_capacity(indices.len());
         in_parts("get_msrs", &wanted, |list| {
             let done = self.fd.get_msrs(list).map_err(refused("KVM_GET_MSRS"))?;
@@ -453,25 +409,17 @@ impl X86Vcpu for KvmVcpu {
     }
 
     fn set_msrs(&mut self, msrs: &[X86Msr]) -> VcpuResult<()> {
-        in_parts("set_msrs", msrs, |list| {
-            self.fd.set_msrs(list).map_err(refused("KVM_SET_MSRS"))
-        })
+        in_parts("set_msrs", msrs, |list| self.fd.set_msrs(list).map_err(refused("KVM_SET_MSRS")))
     }
 
     fn supported_cpuid(&self) -> VcpuResult<Vec<CpuidEntry>> {
-        let list = self
-            .vm
-            .kvm
-            .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+        let list =
+            self.vm.kvm.get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
         Ok(list.as_slice().iter().map(cpuid_entry).collect())
     }
 
     fn get_cpuid(&self) -> VcpuResult<Vec<CpuidEntry>> {
-        let list = self
-            .fd
-            .get_cpuid2(kb::KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("KVM_GET_CPUID2"))?;
+        let list = self.fd.get_cpuid2(kb::KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_CPUID2"))?;
         Ok(list.as_slice().iter().map(cpuid_entry).collect())
     }
 
@@ -481,9 +429,7 @@ impl X86Vcpu for KvmVcpu {
             .map(|ours| kb::kvm_cpuid_entry2 {
                 function: ours.leaf,
                 index: ours.subleaf.unwrap_or(0),
-                flags: ours
-                    .subleaf
-                    .map_or(0, |_| kb::KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+                flags: ours.subleaf.map_or(0, |_| kb::KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
                 eax: ours.eax,
                 ebx: ours.ebx,
                 ecx: ours.ecx,
@@ -491,9 +437,8 @@ impl X86Vcpu for KvmVcpu {
                 ..Default::default()
             })
             .collect();
-        let list = kb::CpuId::from_entries(&theirs).map_err(|_| {
-            AccelError::invalid("CPUID", format!("{} entries are too many", theirs.len()))
-        })?;
+        let list = kb::CpuId::from_entries(&theirs)
+            .map_err(|_| AccelError::invalid("CPUID", format!("{} entries are too many", theirs.len())))?;
         self.fd.set_cpuid2(&list).map_err(refused("KVM_SET_CPUID2"))
     }
 
@@ -530,12 +475,10 @@ impl X86Vcpu for KvmVcpu {
 
     fn set_xcrs(&mut self, xcrs: &[Xcr]) -> VcpuResult<()> {
         let mut theirs = kb::kvm_xcrs::default();
-        let places = theirs.xcrs.get_mut(..xcrs.len()).ok_or_else(|| {
-            AccelError::invalid(
-                "extended control registers",
-                format!("{} are too many", xcrs.len()),
-            )
-        })?;
+        let places = theirs
+            .xcrs
+            .get_mut(..xcrs.len())
+            .ok_or_else(|| AccelError::invalid("extended control registers", format!("{} are too many", xcrs.len())))?;
         for (place, ours) in places.iter_mut().zip(xcrs) {
             *place = ours.into();
         }
@@ -544,25 +487,16 @@ impl X86Vcpu for KvmVcpu {
     }
 
     fn get_debug_regs(&self) -> VcpuResult<X86DebugRegs> {
-        Ok((&self
-            .fd
-            .get_debug_regs()
-            .map_err(refused("KVM_GET_DEBUGREGS"))?)
-            .into())
+        Ok((&self.fd.get_debug_regs().map_err(refused("KVM_GET_DEBUGREGS"))?).into())
     }
 
     fn set_debug_regs(&mut self, regs: &X86DebugRegs) -> VcpuResult<()> {
-        self.fd
-            .set_debug_regs(&regs.into())
-            .map_err(refused("KVM_SET_DEBUGREGS"))
+        self.fd.set_debug_regs(&regs.into()).map_err(refused("KVM_SET_DEBUGREGS"))
     }
 
     fn get_events(&self) -> VcpuResult<X86Events> {
         self.flush_regs()?;
-        let theirs = self
-            .fd
-            .get_vcpu_events()
-            .map_err(refused("KVM_GET_VCPU_EVENTS"))?;
+        let theirs = self.fd.get_vcpu_events().map_err(refused("KVM_GET_VCPU_EVENTS"))?;
         let exception = &theirs.exception;
         let payload_valid = theirs.flags & kb::KVM_VCPUEVENT_VALID_PAYLOAD != 0;
         let shadow = u32::from(theirs.interrupt.shadow);
@@ -570,8 +504,7 @@ impl X86Vcpu for KvmVcpu {
             exception_injected: (exception.injected != 0).then_some(exception.nr),
             exception_pending: (payload_valid && exception.pending != 0).then_some(exception.nr),
             exception_error_code: (exception.has_error_code != 0).then_some(exception.error_code),
-            exception_payload: (payload_valid && theirs.exception_has_payload != 0)
-                .then_some(theirs.exception_payload),
+            exception_payload: (payload_valid && theirs.exception_has_payload != 0).then_some(theirs.exception_payload),
             interrupt_injected: (theirs.interrupt.injected != 0).then_some(theirs.interrupt.nr),
             interrupt_soft: theirs.interrupt.soft != 0,
             sti_shadow: shadow & kb::KVM_X86_SHADOW_INT_STI != 0,
@@ -589,19 +522,15 @@ impl X86Vcpu for KvmVcpu {
         self.flush_regs()?;
         let mut theirs = kb::kvm_vcpu_events::default();
         theirs.exception.injected = events.exception_injected.is_some().into();
-        theirs.exception.nr = events
-            .exception_injected
-            .or(events.exception_pending)
-            .unwrap_or(0);
+        theirs.exception.nr = events.exception_injected.or(events.exception_pending).unwrap_or(0);
         theirs.exception.has_error_code = events.exception_error_code.is_some().into();
         theirs.exception.error_code = events.exception_error_code.unwrap_or(0);
         theirs.interrupt.injected = events.interrupt_injected.is_some().into();
         theirs.interrupt.nr = events.interrupt_injected.unwrap_or(0);
         theirs.interrupt.soft = events.interrupt_soft.into();
-        for (set, bit) in [
-            (events.sti_shadow, kb::KVM_X86_SHADOW_INT_STI),
-            (events.mov_ss_shadow, kb::KVM_X86_SHADOW_INT_MOV_SS),
-        ] {
+        for (set, bit) in
+            [(events.sti_shadow, kb::KVM_X86_SHADOW_INT_STI), (events.mov_ss_shadow, kb::KVM_X86_SHADOW_INT_MOV_SS)]
+        {
             if set {
                 theirs.interrupt.shadow |= bit as u8;
             }
@@ -610,21 +539,16 @@ impl X86Vcpu for KvmVcpu {
         theirs.nmi.pending = events.nmi_pending.into();
         theirs.nmi.masked = events.nmi_masked.into();
         theirs.sipi_vector = events.sipi_vector.into();
-        theirs.flags = kb::KVM_VCPUEVENT_VALID_NMI_PENDING
-            | kb::KVM_VCPUEVENT_VALID_SIPI_VECTOR
-            | kb::KVM_VCPUEVENT_VALID_SHADOW;
+        theirs.flags =
+            kb::KVM_VCPUEVENT_VALID_NMI_PENDING | kb::KVM_VCPUEVENT_VALID_SIPI_VECTOR | kb::KVM_VCPUEVENT_VALID_SHADOW;
         // The kernel refuses the fields below unless their capability was enabled; say so only if one is used.
         if events.exception_pending.is_some() || events.exception_payload.is_some() {
             return Err(self.unsupported("setting a pending exception"));
         }
         if events.smm || events.triple_fault_pending {
-            return Err(
-                self.unsupported("setting system-management mode or a pending triple fault")
-            );
+            return Err(self.unsupported("setting system-management mode or a pending triple fault"));
         }
-        self.fd
-            .set_vcpu_events(&theirs)
-            .map_err(refused("KVM_SET_VCPU_EVENTS"))
+        self.fd.set_vcpu_events(&theirs).map_err(refused("KVM_SET_VCPU_EVENTS"))
     }
 
     fn get_lapic(&self) -> VcpuResult<LapicState> {
@@ -632,47 +556,29 @@ impl X86Vcpu for KvmVcpu {
             return Err(self.unsupported("the local APIC of a machine without one"));
         }
         let theirs = self.fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
-        Ok(LapicState {
-            regs: theirs.regs.map(|byte| byte as u8),
-        })
+        Ok(LapicState { regs: theirs.regs.map(|byte| byte as u8) })
     }
 
     fn set_lapic(&mut self, lapic: &LapicState) -> VcpuResult<()> {
         if !self.vm.has_local_apics() {
             return Err(self.unsupported("the local APIC of a machine without one"));
         }
-        let theirs = kb::kvm_lapic_state {
-            regs: lapic.regs.map(|byte| byte as _),
-        };
+        let theirs = kb::kvm_lapic_state { regs: lapic.regs.map(|byte| byte as _) };
         self.fd.set_lapic(&theirs).map_err(refused("KVM_SET_LAPIC"))
     }
 
     fn get_mp_state(&self) -> VcpuResult<MpState> {
-        let theirs = self
-            .fd
-            .get_mp_state()
-            .map_err(refused("KVM_GET_MP_STATE"))?
-            .mp_state;
+        let theirs = self.fd.get_mp_state().map_err(refused("KVM_GET_MP_STATE"))?.mp_state;
         MP_STATES
             .iter()
             .find(|(_, number)| *number == theirs)
             .map(|(state, _)| *state)
-            .ok_or_else(|| {
-                AccelError::invalid(
-                    "MP state",
-                    format!("the kernel reports an unknown one, {theirs}"),
-                )
-            })
+            .ok_or_else(|| AccelError::invalid("MP state", format!("the kernel reports an unknown one, {theirs}")))
     }
 
     fn set_mp_state(&mut self, state: MpState) -> VcpuResult<()> {
-        let number = MP_STATES
-            .iter()
-            .find(|(ours, _)| *ours == state)
-            .map_or(0, |(_, number)| *number);
-        self.fd
-            .set_mp_state(kb::kvm_mp_state { mp_state: number })
-            .map_err(refused("KVM_SET_MP_STATE"))
+        let number = MP_STATES.iter().find(|(ours, _)| *ours == state).map_or(0, |(_, number)| *number);
+        self.fd.set_mp_state(kb::kvm_mp_state { mp_state: number }).map_err(refused("KVM_SET_MP_STATE"))
     }
 
     fn get_tsc_khz(&self) -> VcpuResult<u32> {
@@ -681,12 +587,10 @@ impl X86Vcpu for KvmVcpu {
 
     fn set_tsc_khz(&mut self, khz: u32) -> VcpuResult<()> {
         // The kernel remembers a frequency that it refused, so that reading back proves nothing.
-        self.fd
-            .set_tsc_khz(khz)
-            .map_err(|error| match error.errno() {
-                libc::EINVAL => self.unsupported("scaling the TSC on this CPU"),
-                code => errno("KVM_SET_TSC_KHZ", code),
-            })
+        self.fd.set_tsc_khz(khz).map_err(|error| match error.errno() {
+            libc::EINVAL => self.unsupported("scaling the TSC on this CPU"),
+            code => errno("KVM_SET_TSC_KHZ", code),
+        })
     }
 
     fn get_tsc(&self) -> VcpuResult<u64> {
@@ -694,28 +598,16 @@ impl X86Vcpu for KvmVcpu {
     }
 
     fn set_tsc(&mut self, value: u64) -> VcpuResult<()> {
-        self.set_msrs(&[X86Msr {
-            index: MSR_TSC,
-            value,
-        }])
+        self.set_msrs(&[X86Msr { index: MSR_TSC, value }])
     }
 
     fn inject_interrupt(&mut self, vector: u8) -> VcpuResult<()> {
         if !self.ready_for_interrupt()? {
-            return Err(AccelError::invalid(
-                "interrupt",
-                "the guest cannot take one now; ask for an interrupt window",
-            ));
+            return Err(AccelError::invalid("interrupt", "the guest cannot take one now; ask for an interrupt window"));
         }
         let interrupt = kb::kvm_interrupt { irq: vector.into() };
         // SAFETY: the request reads one kvm_interrupt.
-        unsafe {
-            self.ioctl(
-                "KVM_INTERRUPT",
-                ffi::KVM_INTERRUPT,
-                &raw const interrupt as u64,
-            )?
-        };
+        unsafe { self.ioctl("KVM_INTERRUPT", ffi::KVM_INTERRUPT, &raw const interrupt as u64)? };
         // One at a time: the field is the kernel's word at the last exit.
         self.run_area_mut().ready_for_interrupt_injection = 0;
         Ok(())
@@ -741,10 +633,7 @@ impl X86Vcpu for KvmVcpu {
     }
 
     fn translate(&self, linear: u64) -> VcpuResult<Option<u64>> {
-        let found = self
-            .fd
-            .translate_gva(linear)
-            .map_err(refused("KVM_TRANSLATE"))?;
+        let found = self.fd.translate_gva(linear).map_err(refused("KVM_TRANSLATE"))?;
         Ok((found.valid != 0).then_some(found.physical_address))
     }
 
@@ -758,10 +647,7 @@ impl X86Vcpu for KvmVcpu {
             args: [if wanted { reasons.into() } else { 0 }, 0, 0, 0],
             ..Default::default()
         };
-        self.vm
-            .fd
-            .enable_cap(&cap)
-            .map_err(refused("KVM_CAP_X86_USER_SPACE_MSR"))
+        self.vm.fd.enable_cap(&cap).map_err(refused("KVM_CAP_X86_USER_SPACE_MSR"))
     }
 
     fn group_unsupported(&self, what: &'static str) -> AccelError {
@@ -792,10 +678,7 @@ mod tests {
             cs: Segment::code64(8, 3),
             ds: Segment::flat_data(16, 3),
             tr: Segment::busy_tss(24, 0x1000, 0x67),
-            ldt: Segment {
-                unusable: true,
-                ..Default::default()
-            },
+            ldt: Segment { unusable: true, ..Default::default() },
             gdt: DescriptorTable { base: 1, limit: 2 },
             idt: DescriptorTable { base: 3, limit: 4 },
             cr0: 5,

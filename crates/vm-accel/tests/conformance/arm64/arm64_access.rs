@@ -84,13 +84,7 @@ fn read_extends(host: &Host) -> Outcome {
     m.expect_read(D, &[0, 0x80])?;
     m.expect_read(D, &[0, 0, 0, 0x80])?;
     m.expect_report(0)?;
-    let expected = [
-        0xffff_ffff_ffff_ff80,
-        0xffff_ff80,
-        0xffff_ffff_ffff_8000,
-        0xffff_8000,
-        0xffff_ffff_8000_0000,
-    ];
+    let expected = [0xffff_ffff_ffff_ff80, 0xffff_ff80, 0xffff_ffff_ffff_8000, 0xffff_8000, 0xffff_ffff_8000_0000];
     assert_eq!(m.vcpu.get_regs()?.gpr[2..7], expected);
     Ok(())
 }
@@ -124,11 +118,7 @@ fn zero_register(host: &Host) -> Outcome {
     m.expect_read(D, &[0xff; 8])?;
     m.expect_write(D + 8, &[0; 4])?;
     m.expect_report(0)?;
-    assert_eq!(
-        m.vcpu.get_regs()?.gpr[31],
-        layout::STACK,
-        "the load wrote SP"
-    );
+    assert_eq!(m.vcpu.get_regs()?.gpr[31], layout::STACK, "the load wrote SP");
     Ok(())
 }
 
@@ -176,19 +166,13 @@ fn pair_loads(host: &Host) -> Outcome {
     })?;
     m.expect_read(D, &[1; 8])?;
     let regs = m.vcpu.get_regs()?;
-    assert_eq!(
-        regs.gpr[2], 0,
-        "between its accesses an instruction has done nothing"
-    );
+    assert_eq!(regs.gpr[2], 0, "between its accesses an instruction has done nothing");
     m.expect_read(D + 8, &[2; 8])?;
     m.expect_read(D, &[0x83; 4])?;
     m.expect_read(D + 4, &[0x84; 4])?;
     m.expect_report(D - 8)?;
     let ones = 0x0101_0101_0101_0101;
-    assert_eq!(
-        m.vcpu.get_regs()?.gpr[2..6],
-        [ones, 2 * ones, 0x8383_8383, 0x8484_8484]
-    );
+    assert_eq!(m.vcpu.get_regs()?.gpr[2..6], [ones, 2 * ones, 0x8383_8383, 0x8484_8484]);
     Ok(())
 }
 
@@ -326,8 +310,7 @@ fn through_page_tables(host: &Host) -> Outcome {
     m.mmu_on()?;
     // A second table: the program's page at 3 GiB.
     let entry = layout::RAM | 1 | 1 << 10 | 3 << 8 | 1 << 2;
-    m.ram
-        .write(layout::TABLES - layout::RAM + 24, &entry.to_le_bytes())?;
+    m.ram.write(layout::TABLES - layout::RAM + 24, &entry.to_le_bytes())?;
     let mut regs = m.vcpu.get_regs()?;
     regs.pc = layout::CODE - layout::RAM + (3 << 30);
     m.vcpu.set_regs(&regs)?;
@@ -385,11 +368,7 @@ fn unanswered_read_is_refused(host: &Host) -> Outcome {
         a.report(2);
     })?;
     for addr in [D, D + 8] {
-        m.expect(VcpuExit::Mmio {
-            addr,
-            size: 8,
-            is_write: false,
-        })?;
+        m.expect(VcpuExit::Mmio { addr, size: 8, is_write: false })?;
         assert_eq!(m.vcpu.run(), Err(AccelError::PendingRead { addr, len: 8 }));
         assert!(m.vcpu.complete_read(&[1; 4]).is_err(), "a short answer");
         m.vcpu.complete_read(&[1; 8])?;
@@ -407,11 +386,7 @@ fn quiesce_finishes_a_pair(host: &Host) -> Outcome {
     })?;
     m.expect_write(D + 8, &0x22u64.to_le_bytes())?;
     let before = m.vcpu.get_regs()?;
-    let second = VcpuExit::Mmio {
-        addr: D + 16,
-        size: 8,
-        is_write: true,
-    };
+    let second = VcpuExit::Mmio { addr: D + 16, size: 8, is_write: true };
     assert_eq!(m.vcpu.quiesce()?, second);
     assert_eq!(m.vcpu.get_regs()?, before);
     assert_eq!(m.vcpu.quiesce()?, VcpuExit::Interrupt);
@@ -421,10 +396,7 @@ fn quiesce_finishes_a_pair(host: &Host) -> Outcome {
     m.expect_read(D + 8, &[3; 8])?;
     assert_eq!(m.vcpu.quiesce()?, VcpuExit::Interrupt);
     let after = m.vcpu.get_regs()?;
-    assert_eq!(
-        (after.pc, after.gpr[3]),
-        (before.pc + 8, 0x0303_0303_0303_0303)
-    );
+    assert_eq!((after.pc, after.gpr[3]), (before.pc + 8, 0x0303_0303_0303_0303));
     m.expect_report(0x0303_0303_0303_0303)
 }
 
@@ -436,9 +408,7 @@ fn undecoded_instruction_reports_its_word(host: &Host) -> Outcome {
         a.report(ZR);
     })?;
     match m.vcpu.run() {
-        Err(AccelError::Emulation {
-            pc, instruction, ..
-        }) => {
+        Err(AccelError::Emulation { pc, instruction, .. }) => {
             assert_eq!(pc, layout::CODE + 4);
             assert_eq!(instruction.as_slice(), LD1.to_le_bytes());
         }

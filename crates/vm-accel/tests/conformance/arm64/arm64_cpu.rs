@@ -3,9 +3,7 @@
 use super::machine::prepare;
 use super::{Arm, poll};
 use crate::harness::{Host, Outcome, cases, fail};
-use vm_accel::aarch64::{
-    self as aarch64, Aarch64Events, Aarch64FpuRegs, Aarch64MpState, PSTATE_EL1H_MASKED,
-};
+use vm_accel::aarch64::{self as aarch64, Aarch64Events, Aarch64FpuRegs, Aarch64MpState, PSTATE_EL1H_MASKED};
 use vm_accel::{Accel, FpuRegs, IrqChip, MemoryFlags, VcpuExit, VcpuOps};
 use vm_accel_guests::arm64::Index::Offset;
 use vm_accel_guests::arm64::{Assembler, Cond, SP, ZR, layout, psci};
@@ -78,11 +76,7 @@ fn stack_pointer_follows_pstate(host: &Host) -> Outcome {
 }
 
 fn pattern() -> Aarch64FpuRegs {
-    let mut fpu = Aarch64FpuRegs {
-        fpcr: 0x0100_0000,
-        fpsr: 0x1f,
-        ..Default::default()
-    };
+    let mut fpu = Aarch64FpuRegs { fpcr: 0x0100_0000, fpsr: 0x1f, ..Default::default() };
     for (n, v) in fpu.v.iter_mut().enumerate() {
         *v = 0x0123_4567_89ab_cdef_0011_2233_4455_6600 ^ ((n as u128) << 64 | n as u128);
     }
@@ -95,11 +89,7 @@ fn vector_registers_round_trip(host: &Host) -> Outcome {
     assert_eq!(m.vcpu.get_fpu_regs()?, FpuRegs::Aarch64(pattern()));
     m.expect_report(0)?;
     assert_eq!(m.vcpu.get_fpu_regs()?, FpuRegs::Aarch64(pattern()));
-    assert!(
-        m.vcpu
-            .set_fpu_regs(&FpuRegs::X86(Default::default()))
-            .is_err()
-    );
+    assert!(m.vcpu.set_fpu_regs(&FpuRegs::X86(Default::default())).is_err());
     Ok(())
 }
 
@@ -144,10 +134,7 @@ fn system_registers(host: &Host) -> Outcome {
 fn unknown_system_register(host: &Host) -> Outcome {
     let mut m = Arm::new(host, |a| a.report(ZR))?;
     let none = aarch64::sys_reg(3, 7, 15, 15, 7);
-    assert!(matches!(
-        m.arm().get_sys_reg(none),
-        Err(vm_accel::AccelError::InvalidArgument { .. })
-    ));
+    assert!(matches!(m.arm().get_sys_reg(none), Err(vm_accel::AccelError::InvalidArgument { .. })));
     assert!(m.arm().set_sys_reg(none, 1).is_err());
     m.expect_report(0)
 }
@@ -156,12 +143,7 @@ fn every_listed_register_reads(host: &Host) -> Outcome {
     let mut m = Arm::new(host, |a| a.report(ZR))?;
     let arm = m.arm();
     let list = arm.list_sys_regs()?;
-    for register in [
-        aarch64::SP_EL1,
-        aarch64::SCTLR_EL1,
-        aarch64::CNTV_CVAL_EL0,
-        aarch64::CNTVCT_EL0,
-    ] {
+    for register in [aarch64::SP_EL1, aarch64::SCTLR_EL1, aarch64::CNTV_CVAL_EL0, aarch64::CNTVCT_EL0] {
         assert!(list.contains(&register), "{register:#x} is not listed");
     }
     for register in list {
@@ -246,23 +228,13 @@ fn secondary_begins_powered_off(host: &Host) -> Outcome {
     prepare(&mut *other)?;
     let arm = other.as_aarch64().expect("aarch64");
     assert_eq!(arm.get_mp_state()?, Aarch64MpState::PoweredOff);
-    assert_eq!(
-        arm.get_sys_reg(aarch64::MPIDR_EL1)? & aarch64::MPIDR_AFFINITY,
-        aarch64::affinity(1)
-    );
+    assert_eq!(arm.get_sys_reg(aarch64::MPIDR_EL1)? & aarch64::MPIDR_AFFINITY, aarch64::affinity(1));
     // It can be switched on by hand.
     arm.set_mp_state(Aarch64MpState::Running)?;
     let mut regs = other.get_regs()?;
     regs.pc = layout::CODE;
     other.set_regs(&regs)?;
-    assert_eq!(
-        other.run()?,
-        VcpuExit::Mmio {
-            addr: layout::REPORT,
-            size: 8,
-            is_write: true
-        }
-    );
+    assert_eq!(other.run()?, VcpuExit::Mmio { addr: layout::REPORT, size: 8, is_write: true });
     m.expect_report(0)
 }
 
@@ -297,9 +269,7 @@ fn psci_starts_a_cpu(host: &Host) -> Outcome {
         Ok((report, other.run()?))
     });
     m.expect_report(0)?;
-    let ended = second
-        .join()
-        .expect("the second CPU's thread does not panic")?;
+    let ended = second.join().expect("the second CPU's thread does not panic")?;
     assert_eq!(ended, (0xcafe, VcpuExit::Shutdown));
     Ok(())
 }
@@ -314,10 +284,7 @@ fn reset_begins_anew(host: &Host) -> Outcome {
     assert_eq!(m.vcpu.quiesce()?, VcpuExit::Interrupt);
     m.arm().reset()?;
     let regs = m.vcpu.get_regs()?;
-    assert_eq!(
-        (regs.gpr[5], regs.pc, regs.flags),
-        (0, 0, PSTATE_EL1H_MASKED)
-    );
+    assert_eq!((regs.gpr[5], regs.pc, regs.flags), (0, 0, PSTATE_EL1H_MASKED));
     assert_eq!(m.arm().get_sys_reg(aarch64::VBAR_EL1)?, 0);
     Ok(())
 }
@@ -331,10 +298,7 @@ fn system_error_is_delivered(host: &Host) -> Outcome {
     })?;
     m.expect_report(0)?;
     assert_eq!(m.arm().get_events()?, Aarch64Events::default());
-    let events = Aarch64Events {
-        serror_pending: true,
-        ..Default::default()
-    };
+    let events = Aarch64Events { serror_pending: true, ..Default::default() };
     m.arm().set_events(&events)?;
     assert!(m.arm().get_events()?.serror_pending);
     m.expect_report(0x380)?;
@@ -355,11 +319,7 @@ fn virtual_timer_registers(host: &Host) -> Outcome {
     m.arm().set_virtual_timer(&timer)?;
     m.expect_report(0x1234_5678_9abc)?;
     let count = m.report()?;
-    assert_eq!(
-        count >> 50,
-        1,
-        "the count {count:#x} does not go on from where it was set"
-    );
+    assert_eq!(count >> 50, 1, "the count {count:#x} does not go on from where it was set");
     assert!(m.arm().get_virtual_timer()?.count >= count);
     Ok(())
 }
@@ -377,8 +337,7 @@ fn atomics_with_mmu(host: &Host) -> Outcome {
         a.report(0);
     })?;
     m.mmu_on()?;
-    m.ram
-        .write(layout::DATA - layout::RAM, &37u64.to_le_bytes())?;
+    m.ram.write(layout::DATA - layout::RAM, &37u64.to_le_bytes())?;
     m.expect_report(42)
 }
 
@@ -436,9 +395,7 @@ fn snapshot_moves_to_another_machine(host: &Host) -> Outcome {
 /// Runs `vcpu` on another thread until it returns, and kicks it when the guest has begun.
 fn kicked(host: &Host, write: impl FnOnce(&mut Assembler)) -> Outcome {
     let m = Arm::new(host, write)?;
-    let Arm {
-        mut vcpu, vm, ram, ..
-    } = m;
+    let Arm { mut vcpu, vm, ram, .. } = m;
     let kick = vcpu.kick_handle()?;
     let runner = std::thread::spawn(move || vcpu.run().map(|exit| (exit, vcpu)));
     poll(host, "the guest's first store", || {
@@ -518,12 +475,15 @@ fn features_are_off_unless_asked_for(host: &Host) -> Outcome {
     Ok(())
 }
 
+/// A vCPU and the machine that it belongs to.
+type Guest = (Box<dyn VcpuOps>, Box<dyn Accel>);
+
 /// A machine with these features, with a program that does not matter.
 fn with_features(
     host: &Host,
     features: aarch64::Aarch64Features,
     write: impl FnOnce(&mut Assembler),
-) -> Outcome<Option<(Box<dyn VcpuOps>, Box<dyn Accel>)>> {
+) -> Outcome<Option<Guest>> {
     let mut vm = host.vm()?;
     if !host.caps.aarch64_features.contains(features) {
         assert!(vm.set_aarch64_features(features).is_err());
@@ -547,18 +507,10 @@ fn with_features(
 
 fn written(vcpu: &mut dyn VcpuOps) -> Outcome<u64> {
     let exit = vcpu.run()?;
-    if !matches!(
-        exit,
-        VcpuExit::Mmio {
-            addr: layout::REPORT,
-            ..
-        }
-    ) {
+    if !matches!(exit, VcpuExit::Mmio { addr: layout::REPORT, .. }) {
         fail!("exit is {exit:x?}");
     }
-    Ok(u64::from_le_bytes(
-        vcpu.io_data()?.try_into().expect("8 bytes"),
-    ))
+    Ok(u64::from_le_bytes(vcpu.io_data()?.try_into().expect("8 bytes")))
 }
 
 fn performance_monitors(host: &Host) -> Outcome {
@@ -582,11 +534,7 @@ fn pointer_authentication(host: &Host) -> Outcome {
         a.report(0);
     })?;
     if let Some((mut vcpu, _vm)) = machine {
-        assert_ne!(
-            written(&mut *vcpu)? & 0xff00_0ff0,
-            0,
-            "neither APA, API, GPA nor GPI"
-        );
+        assert_ne!(written(&mut *vcpu)? & 0xff00_0ff0, 0, "neither APA, API, GPA nor GPI");
     }
     Ok(())
 }

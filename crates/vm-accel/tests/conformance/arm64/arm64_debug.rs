@@ -27,17 +27,11 @@ fn expect_debug(m: &mut Arm, event: DebugEvent) -> Outcome {
 }
 
 fn stepping() -> GuestDebug {
-    GuestDebug {
-        single_step: true,
-        ..Default::default()
-    }
+    GuestDebug { single_step: true, ..Default::default() }
 }
 
 fn hardware(addr: u64, len: u8, on: BreakOn) -> GuestDebug {
-    GuestDebug {
-        hardware: vec![HardwareBreakpoint { addr, len, on }],
-        ..Default::default()
-    }
+    GuestDebug { hardware: vec![HardwareBreakpoint { addr, len, on }], ..Default::default() }
 }
 
 fn single_step(host: &Host) -> Outcome {
@@ -57,10 +51,7 @@ fn single_step(host: &Host) -> Outcome {
     }
     debug(&mut m, GuestDebug::default())?;
     m.expect_report(10)?;
-    assert!(
-        m.vcpu.debug_event().is_err(),
-        "the last exit was no debug event"
-    );
+    assert!(m.vcpu.debug_event().is_err(), "the last exit was no debug event");
     Ok(())
 }
 
@@ -84,11 +75,7 @@ fn single_step_over_device_accesses(host: &Host) -> Outcome {
         exit = m.run()?;
     }
     assert!(steps.is_empty() || steps == [4], "steps at {steps:x?}");
-    let second = |addr| VcpuExit::Mmio {
-        addr,
-        size: 8,
-        is_write: false,
-    };
+    let second = |addr| VcpuExit::Mmio { addr, size: 8, is_write: false };
     assert_eq!(exit, second(layout::DEVICE + 16));
     m.vcpu.complete_read(&[2; 8])?;
     assert_eq!(m.run()?, second(layout::DEVICE + 24));
@@ -105,10 +92,7 @@ fn software_breakpoint(host: &Host) -> Outcome {
         a.brk(0);
         a.report(1);
     })?;
-    let wanted = GuestDebug {
-        software_breakpoints: true,
-        ..Default::default()
-    };
+    let wanted = GuestDebug { software_breakpoints: true, ..Default::default() };
     debug(&mut m, wanted)?;
     let pc = layout::CODE + 4;
     expect_debug(&mut m, DebugEvent::SoftwareBreakpoint { pc })?;
@@ -171,10 +155,7 @@ fn impossible_requests(host: &Host) -> Outcome {
         hardware(layout::CODE, 4, BreakOn::Execute),
         hardware(layout::DATA + 2, 4, BreakOn::Write),
         hardware(layout::DATA, 3, BreakOn::Access),
-        GuestDebug {
-            hardware: vec![hardware(layout::DATA, 8, BreakOn::Write).hardware[0]; 17],
-            ..Default::default()
-        },
+        GuestDebug { hardware: vec![hardware(layout::DATA, 8, BreakOn::Write).hardware[0]; 17], ..Default::default() },
     ] {
         assert!(m.vcpu.set_guest_debug(&wanted).is_err(), "{wanted:x?}");
     }

@@ -3,9 +3,7 @@
 use super::machine::prepare;
 use super::{Arm, poll};
 use crate::harness::{Host, Outcome, cases, fail};
-use vm_accel::aarch64::{
-    self as aarch64, Gic, GicPart, GicVersion, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg,
-};
+use vm_accel::aarch64::{self as aarch64, Gic, GicPart, GicVersion, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg};
 use vm_accel::{HostEvent, IoAddress, IoEventMatch, MsiMessage, VcpuExit};
 use vm_accel_guests::arm64::Index::Offset;
 use vm_accel_guests::arm64::{Assembler, ZR, layout};
@@ -79,8 +77,7 @@ fn machine(host: &Host, write: impl FnOnce(&mut Assembler)) -> Outcome<Arm> {
     if m.vm.gic()?.version != GicVersion::V3 {
         fail!("these cases are written for a GICv3");
     }
-    m.ram
-        .write(layout::VECTORS - layout::RAM + 0x280, &handler())?;
+    m.ram.write(layout::VECTORS - layout::RAM + 0x280, &handler())?;
     Ok(m)
 }
 
@@ -188,10 +185,7 @@ fn interrupt_by_event(host: &Host) -> Outcome {
     let mut m = machine(host, |a| {
         gic_on(a, 0, &[SPI]);
         // Edge-triggered: an event is a pulse.
-        a.poke(
-            GICD + 0xc00 + 4 * u64::from(SPI / 16),
-            2 << (2 * (SPI % 16)),
-        );
+        a.poke(GICD + 0xc00 + 4 * u64::from(SPI / 16), 2 << (2 * (SPI % 16)));
         wait(a);
     })?;
     m.expect_report(0)?;
@@ -237,11 +231,7 @@ fn message_to_a_device(host: &Host) -> Outcome {
         wait(a);
     })?;
     if m.vm.gic()?.its.is_none() {
-        let message = MsiMessage {
-            address: its + Gic::ITS_TRANSLATER,
-            data: EVENT,
-            device_id: Some(DEVICE),
-        };
+        let message = MsiMessage { address: its + Gic::ITS_TRANSLATER, data: EVENT, device_id: Some(DEVICE) };
         assert!(m.vm.signal_msi(message).is_err());
         return Ok(());
     }
@@ -260,11 +250,7 @@ fn message_to_a_device(host: &Host) -> Outcome {
     // Priority 0xa0, enabled, for the first LPI.
     m.ram.write(PROPERTIES - layout::RAM, &[0xa1])?;
     m.expect_report(0)?;
-    let message = MsiMessage {
-        address: its + Gic::ITS_TRANSLATER,
-        data: EVENT,
-        device_id: Some(DEVICE),
-    };
+    let message = MsiMessage { address: its + Gic::ITS_TRANSLATER, data: EVENT, device_id: Some(DEVICE) };
     for _ in 0..2 {
         m.vm.signal_msi(message)?;
         m.expect_report(LPI.into())?;
@@ -294,10 +280,7 @@ fn state_moves_to_another_machine(host: &Host) -> Outcome {
     m.ram.read(0, &mut page)?;
     next.ram.write(0, &page)?;
     next.arm().restore_registers(&registers)?;
-    next_second
-        .as_aarch64()
-        .expect("aarch64")
-        .restore_registers(&others)?;
+    next_second.as_aarch64().expect("aarch64").restore_registers(&others)?;
     next.vm.set_gic_state(&gic)?;
     let back = next.vm.get_gic_state()?;
     for (restored, saved) in back.registers.iter().zip(&gic.registers) {
@@ -308,11 +291,7 @@ fn state_moves_to_another_machine(host: &Host) -> Outcome {
     }
     assert_eq!(back.registers.len(), gic.registers.len());
     let line = GicPart::Lines { affinity: 0 };
-    assert!(
-        gic.registers
-            .iter()
-            .any(|r| r.part == line && r.register == 32 && r.value == 1 << (SPI - 32))
-    );
+    assert!(gic.registers.iter().any(|r| r.part == line && r.register == 32 && r.value == 1 << (SPI - 32)));
     // The line was up, and the guest was about to unmask.
     next.expect_report(SPI.into())?;
     next.vm.set_irq_line(spi_line(SPI), false)?;
@@ -356,18 +335,12 @@ fn write_signals_an_event(host: &Host) -> Outcome {
         a.report(ZR);
     })?;
     let event = HostEvent::new()?;
-    let on = IoEventMatch {
-        address: IoAddress::Mmio(layout::DEVICE),
-        size: 4,
-        value: Some(7),
-    };
+    let on = IoEventMatch { address: IoAddress::Mmio(layout::DEVICE), size: 4, value: Some(7) };
     m.vm.register_ioevent(&event, on)?;
     assert!(m.vm.register_ioevent(&event, on).is_err(), "twice");
     // Another value exits.
     m.expect_write(layout::DEVICE, &[0; 4])?;
-    poll(host, "the event", || {
-        event.try_take().is_ok_and(|seen| seen.is_some())
-    })?;
+    poll(host, "the event", || event.try_take().is_ok_and(|seen| seen.is_some()))?;
     m.vm.unregister_ioevent(&event, on)?;
     m.expect_report(0)
 }

@@ -160,9 +160,5 @@ fn many_mappings(host: &Host) -> Outcome {
     for n in 0..COUNT {
         m.vm.unmap_memory(EXTRA + n * 0x2_0000)?;
     }
-    m.expect(VcpuExit::Mmio {
-        addr: EXTRA + (COUNT - 1) * 0x2_0000,
-        size: 8,
-        is_write: false,
-    })
+    m.expect(VcpuExit::Mmio { addr: EXTRA + (COUNT - 1) * 0x2_0000, size: 8, is_write: false })
 }

@@ -51,18 +51,11 @@ impl Arm {
         vcpu.set_regs(&regs)?;
         host.watch.add(vcpu.kick_handle()?);
         let watch = host.watch.clone();
-        Ok(Self {
-            vcpu,
-            vm,
-            ram,
-            expired: Box::new(move || watch.expired()),
-        })
+        Ok(Self { vcpu, vm, ram, expired: Box::new(move || watch.expired()) })
     }
 
     pub(crate) fn arm(&mut self) -> &mut dyn Aarch64Vcpu {
-        self.vcpu
-            .as_aarch64()
-            .expect("an aarch64 vCPU has the aarch64 groups")
+        self.vcpu.as_aarch64().expect("an aarch64 vCPU has the aarch64 groups")
     }
 
     /// Switches the MMU on, with the first 4 GiB mapped one to one.
@@ -93,20 +86,13 @@ impl Arm {
     pub(crate) fn expect(&mut self, expected: VcpuExit) -> Outcome {
         let exit = self.run()?;
         if exit != expected {
-            fail!(
-                "exit is {exit:x?}, expected {expected:x?}; {}",
-                self.state()
-            );
+            fail!("exit is {exit:x?}, expected {expected:x?}; {}", self.state());
         }
         Ok(())
     }
 
     pub(crate) fn expect_write(&mut self, addr: u64, data: &[u8]) -> Outcome {
-        self.expect(VcpuExit::Mmio {
-            addr,
-            size: data.len() as u8,
-            is_write: true,
-        })?;
+        self.expect(VcpuExit::Mmio { addr, size: data.len() as u8, is_write: true })?;
         let written = self.vcpu.io_data()?;
         if written != data {
             fail!("the write to {addr:#x} is {written:02x?}, expected {data:02x?}");
@@ -115,11 +101,7 @@ impl Arm {
     }
 
     pub(crate) fn expect_read(&mut self, addr: u64, data: &[u8]) -> Outcome {
-        self.expect(VcpuExit::Mmio {
-            addr,
-            size: data.len() as u8,
-            is_write: false,
-        })?;
+        self.expect(VcpuExit::Mmio { addr, size: data.len() as u8, is_write: false })?;
         self.vcpu.complete_read(data)?;
         Ok(())
     }
@@ -131,15 +113,9 @@ impl Arm {
 
     /// The program reports some number.
     pub(crate) fn report(&mut self) -> Outcome<u64> {
-        self.expect(VcpuExit::Mmio {
-            addr: layout::REPORT,
-            size: 8,
-            is_write: true,
-        })?;
+        self.expect(VcpuExit::Mmio { addr: layout::REPORT, size: 8, is_write: true })?;
         let data = self.vcpu.io_data()?;
-        Ok(u64::from_le_bytes(
-            data.try_into().expect("the exit has 8 bytes"),
-        ))
+        Ok(u64::from_le_bytes(data.try_into().expect("the exit has 8 bytes")))
     }
 
     pub(crate) fn x(&self, n: usize) -> Outcome<u64> {
@@ -160,9 +136,7 @@ impl Arm {
 
 /// Gives a vCPU its vectors, and floating point.
 pub(crate) fn prepare(vcpu: &mut dyn VcpuOps) -> Outcome {
-    let arm = vcpu
-        .as_aarch64()
-        .expect("an aarch64 vCPU has the aarch64 groups");
+    let arm = vcpu.as_aarch64().expect("an aarch64 vCPU has the aarch64 groups");
     arm.set_sys_reg(VBAR_EL1, layout::VECTORS)?;
     arm.set_sys_reg(CPACR_EL1, 3 << 20)?;
     Ok(())

@@ -45,20 +45,12 @@ impl KvmVcpu {
             .filter(|_| !stage1.is_big_endian())
             .and_then(|word| decode(u32::from_le_bytes(word)))
             .ok_or_else(|| Self::undecoded(regs.pc, word))?;
-        let fpu = if transfer.is_vector() {
-            self.get_fpu()?
-        } else {
-            Aarch64FpuRegs::default()
-        };
+        let fpu = if transfer.is_vector() { self.get_fpu()? } else { Aarch64FpuRegs::default() };
         self.arch.access = Some(Access {
             transfer,
             stage1,
             address: transfer.address(&regs),
-            data: if transfer.is_load {
-                [0; MOST]
-            } else {
-                transfer.stored(&regs, &fpu)
-            },
+            data: if transfer.is_load { [0; MOST] } else { transfer.stored(&regs, &fpu) },
             done: 0,
             asked: 0,
         });
@@ -71,9 +63,7 @@ impl KvmVcpu {
             kind: AccelKind::Kvm,
             code: kb::KVM_EXIT_ARM_NISV,
             pc,
-            instruction: word.map_or_else(InstructionBytes::default, |word| {
-                InstructionBytes::new(&word)
-            }),
+            instruction: word.map_or_else(InstructionBytes::default, |word| InstructionBytes::new(&word)),
         }
     }
 
@@ -86,8 +76,7 @@ impl KvmVcpu {
             if access.transfer.is_load {
                 // SAFETY: any bytes are valid ones; `ask` chose this variant, and the kernel was not entered since.
                 let answer = unsafe { self.run_area().__bindgen_anon_1.mmio.data };
-                access.data[access.done..access.done + access.asked]
-                    .copy_from_slice(&answer[..access.asked]);
+                access.data[access.done..access.done + access.asked].copy_from_slice(&answer[..access.asked]);
             }
             access.done += access.asked;
             access.asked = 0;
@@ -95,9 +84,7 @@ impl KvmVcpu {
         while access.done < access.transfer.len() {
             let at = access.address.wrapping_add(access.done as u64);
             let size = usize::from(access.transfer.size);
-            let len = (size - access.done % size)
-                .min(8)
-                .min((PAGE - at % PAGE) as usize);
+            let len = (size - access.done % size).min(8).min((PAGE - at % PAGE) as usize);
             let Some(gpa) = self.translate_address(&access.stage1, at) else {
                 return Err(Self::undecoded(self.arch_get_regs()?.pc, None));
             };
@@ -113,11 +100,7 @@ impl KvmVcpu {
         }
         let mut regs = self.arch_get_regs()?;
         let is_vector_load = access.transfer.is_vector() && access.transfer.is_load;
-        let mut fpu = if is_vector_load {
-            self.get_fpu()?
-        } else {
-            Aarch64FpuRegs::default()
-        };
+        let mut fpu = if is_vector_load { self.get_fpu()? } else { Aarch64FpuRegs::default() };
         access.transfer.finish(&access.data, &mut regs, &mut fpu);
         if is_vector_load {
             self.set_fpu(&fpu)?;
@@ -136,18 +119,13 @@ impl KvmVcpu {
         self.run_area_mut().__bindgen_anon_1.mmio.data = data;
         let offset = std::mem::offset_of!(kb::kvm_run, __bindgen_anon_1.mmio.data);
         self.expect_io(addr, offset, len, is_write);
-        VcpuExit::Mmio {
-            addr,
-            size: len as u8,
-            is_write,
-        }
+        VcpuExit::Mmio { addr, size: len as u8, is_write }
     }
 
     fn translate_address(&self, stage1: &Stage1, address: u64) -> Option<u64> {
         stage1.translate(address, |gpa| {
             let mut word = [0; 8];
-            self.memory(gpa, false, &mut word)
-                .then(|| u64::from_le_bytes(word))
+            self.memory(gpa, false, &mut word).then(|| u64::from_le_bytes(word))
         })
     }
 

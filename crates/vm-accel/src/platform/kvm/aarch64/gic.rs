@@ -53,9 +53,7 @@ const CPU_INTERFACE: [u16; 6] = [
 
 /// The translation service's registers in the order of restoring (`arm-vgic-its.rst`): CBASER before the pointers, which it
 /// resets; CTLR after the tables.
-const ITS: [u32; 11] = [
-    0x80, 0x88, 0x90, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130, 0x138,
-];
+const ITS: [u32; 11] = [0x80, 0x88, 0x90, 0x100, 0x108, 0x110, 0x118, 0x120, 0x128, 0x130, 0x138];
 const GITS_CTLR: u32 = 0;
 
 pub(in super::super) fn create_irqchip(vm: &KvmVm, chip: IrqChip) -> VcpuResult<()> {
@@ -69,20 +67,12 @@ pub(in super::super) fn create_irqchip(vm: &KvmVm, chip: IrqChip) -> VcpuResult<
 }
 
 fn create_device(vm: &KvmVm, kind: u32) -> Result<DeviceFd, kvm_ioctls::Error> {
-    vm.fd.create_device(&mut kb::kvm_create_device {
-        type_: kind,
-        ..Default::default()
-    })
+    vm.fd.create_device(&mut kb::kvm_create_device { type_: kind, ..Default::default() })
 }
 
 fn set<T>(device: &DeviceFd, group: u32, attr: u64, value: &T) -> VcpuResult<()> {
     device
-        .set_device_attr(&kb::kvm_device_attr {
-            group,
-            attr,
-            addr: &raw const *value as u64,
-            ..Default::default()
-        })
+        .set_device_attr(&kb::kvm_device_attr { group, attr, addr: &raw const *value as u64, ..Default::default() })
         .map_err(refused("KVM_SET_DEVICE_ATTR of the GIC"))
 }
 
@@ -100,19 +90,11 @@ fn attribute(register: &GicRegister) -> (u32, u64, usize) {
     let of = |affinity: u32| u64::from(affinity) << kb::KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT | number;
     match register.part {
         GicPart::Distributor => (kb::KVM_DEV_ARM_VGIC_GRP_DIST_REGS, number, 4),
-        GicPart::Redistributor { affinity } => {
-            (kb::KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, of(affinity), 4)
-        }
-        GicPart::CpuInterface { affinity } => {
-            (kb::KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, of(affinity), 8)
-        }
+        GicPart::Redistributor { affinity } => (kb::KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, of(affinity), 4),
+        GicPart::CpuInterface { affinity } => (kb::KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, of(affinity), 8),
         GicPart::Lines { affinity } => {
             let kind = kb::VGIC_LEVEL_INFO_LINE_LEVEL << kb::KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT;
-            (
-                kb::KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
-                of(affinity) | u64::from(kind),
-                4,
-            )
+            (kb::KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, of(affinity) | u64::from(kind), 4)
         }
         GicPart::Its => (kb::KVM_DEV_ARM_VGIC_GRP_ITS_REGS, number, 8),
     }
@@ -132,17 +114,8 @@ impl KernelGic {
 
     fn version_3(vm: &KvmVm, device: DeviceFd) -> VcpuResult<Self> {
         set_address(&device, kb::KVM_VGIC_V3_ADDR_TYPE_DIST, Gic::DISTRIBUTOR)?;
-        set_address(
-            &device,
-            kb::KVM_VGIC_V3_ADDR_TYPE_REDIST,
-            Gic::GICV3_REDISTRIBUTORS,
-        )?;
-        set(
-            &device,
-            kb::KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-            0,
-            &Gic::INTERRUPTS,
-        )?;
+        set_address(&device, kb::KVM_VGIC_V3_ADDR_TYPE_REDIST, Gic::GICV3_REDISTRIBUTORS)?;
+        set(&device, kb::KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &Gic::INTERRUPTS)?;
         let its = create_device(vm, kb::kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS).ok();
         if let Some(its) = &its {
             set_address(its, kb::KVM_VGIC_ITS_ADDR_TYPE, Gic::ITS)?;
@@ -153,33 +126,15 @@ impl KernelGic {
             cpus: Gic::GICV3_REDISTRIBUTORS,
             its: its.is_some().then_some(Gic::ITS),
         };
-        Ok(Self {
-            device,
-            its,
-            layout,
-        })
+        Ok(Self { device, its, layout })
     }
 
     fn version_2(device: DeviceFd) -> VcpuResult<Self> {
         set_address(&device, kb::KVM_VGIC_V2_ADDR_TYPE_DIST, Gic::DISTRIBUTOR)?;
         set_address(&device, kb::KVM_VGIC_V2_ADDR_TYPE_CPU, Gic::GICV2_CPU)?;
-        set(
-            &device,
-            kb::KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-            0,
-            &Gic::INTERRUPTS,
-        )?;
-        let layout = Gic {
-            version: GicVersion::V2,
-            distributor: Gic::DISTRIBUTOR,
-            cpus: Gic::GICV2_CPU,
-            its: None,
-        };
-        Ok(Self {
-            device,
-            its: None,
-            layout,
-        })
+        set(&device, kb::KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &Gic::INTERRUPTS)?;
+        let layout = Gic { version: GicVersion::V2, distributor: Gic::DISTRIBUTOR, cpus: Gic::GICV2_CPU, its: None };
+        Ok(Self { device, its: None, layout })
     }
 
     /// All vCPUs exist.
@@ -193,27 +148,19 @@ impl KernelGic {
 
     fn device(&self, part: GicPart) -> VcpuResult<&DeviceFd> {
         match part {
-            GicPart::Its => self.its.as_ref().ok_or_else(|| {
-                AccelError::invalid("GIC state", "it has an ITS, this host's GIC does not")
-            }),
+            GicPart::Its => self
+                .its
+                .as_ref()
+                .ok_or_else(|| AccelError::invalid("GIC state", "it has an ITS, this host's GIC does not")),
             _ => Ok(&self.device),
         }
     }
 
     fn get(&self, part: GicPart, register: u32) -> VcpuResult<GicRegister> {
-        let mut found = GicRegister {
-            part,
-            register,
-            value: 0,
-        };
+        let mut found = GicRegister { part, register, value: 0 };
         let (group, attr, _) = attribute(&found);
         let mut value = 0_u64;
-        let mut attribute = kb::kvm_device_attr {
-            group,
-            attr,
-            addr: &raw mut value as u64,
-            ..Default::default()
-        };
+        let mut attribute = kb::kvm_device_attr { group, attr, addr: &raw mut value as u64, ..Default::default() };
         // SAFETY: the kernel writes 4 or 8 bytes, the width of the group's registers, to a u64.
         unsafe { self.device(part)?.get_device_attr(&mut attribute) }
             .map_err(refused("KVM_GET_DEVICE_ATTR of the GIC"))?;
@@ -271,10 +218,8 @@ impl KernelGic {
             places.extend(ITS.map(|offset| (GicPart::Its, offset)));
             places.push((GicPart::Its, GITS_CTLR));
         }
-        let registers = places
-            .into_iter()
-            .map(|(part, register)| self.get(part, register))
-            .collect::<VcpuResult<_>>()?;
+        let registers =
+            places.into_iter().map(|(part, register)| self.get(part, register)).collect::<VcpuResult<_>>()?;
         Ok(GicState { registers })
     }
 
@@ -286,11 +231,8 @@ impl KernelGic {
             6 => 2,
             _ => 4,
         };
-        let registers =
-            (0..count).flat_map(|n| [sys_reg(3, 0, 12, 8, 4 + n), sys_reg(3, 0, 12, 9, n)]);
-        Ok(registers
-            .map(|register| (interface, register.into()))
-            .collect())
+        let registers = (0..count).flat_map(|n| [sys_reg(3, 0, 12, 8, 4 + n), sys_reg(3, 0, 12, 9, n)]);
+        Ok(registers.map(|register| (interface, register.into())).collect())
     }
 
     pub(super) fn restore(&self, state: &GicState) -> VcpuResult<()> {

@@ -45,26 +45,12 @@ const FORWARDED_FUNCTIONS: u32 = 2 << 24;
 
 /// The features that a guest can be given: ours, the kernel's capabilities, the kernel's feature bits.
 const FEATURES: [(Aarch64Features, &[u32], &[u32]); 3] = [
-    (
-        Aarch64Features::PMU,
-        &[kb::KVM_CAP_ARM_PMU_V3],
-        &[kb::KVM_ARM_VCPU_PMU_V3],
-    ),
-    (
-        Aarch64Features::SVE,
-        &[kb::KVM_CAP_ARM_SVE],
-        &[kb::KVM_ARM_VCPU_SVE],
-    ),
+    (Aarch64Features::PMU, &[kb::KVM_CAP_ARM_PMU_V3], &[kb::KVM_ARM_VCPU_PMU_V3]),
+    (Aarch64Features::SVE, &[kb::KVM_CAP_ARM_SVE], &[kb::KVM_ARM_VCPU_SVE]),
     (
         Aarch64Features::POINTER_AUTHENTICATION,
-        &[
-            kb::KVM_CAP_ARM_PTRAUTH_ADDRESS,
-            kb::KVM_CAP_ARM_PTRAUTH_GENERIC,
-        ],
-        &[
-            kb::KVM_ARM_VCPU_PTRAUTH_ADDRESS,
-            kb::KVM_ARM_VCPU_PTRAUTH_GENERIC,
-        ],
+        &[kb::KVM_CAP_ARM_PTRAUTH_ADDRESS, kb::KVM_CAP_ARM_PTRAUTH_GENERIC],
+        &[kb::KVM_ARM_VCPU_PTRAUTH_ADDRESS, kb::KVM_ARM_VCPU_PTRAUTH_GENERIC],
     ),
 ];
 
@@ -81,11 +67,8 @@ pub(super) fn vm_type(kvm: &Kvm) -> u64 {
 /// What a new virtual machine needs before its first vCPU.
 pub(super) fn prepare_vm(fd: &VmFd) -> VcpuResult<()> {
     if fd.check_extension_raw(kb::KVM_CAP_ARM_NISV_TO_USER.into()) > 0 {
-        fd.enable_cap(&kb::kvm_enable_cap {
-            cap: kb::KVM_CAP_ARM_NISV_TO_USER,
-            ..Default::default()
-        })
-        .map_err(refused("KVM_CAP_ARM_NISV_TO_USER"))?;
+        fd.enable_cap(&kb::kvm_enable_cap { cap: kb::KVM_CAP_ARM_NISV_TO_USER, ..Default::default() })
+            .map_err(refused("KVM_CAP_ARM_NISV_TO_USER"))?;
     }
     if forwards_calls(fd) {
         for base in FORWARDED_CALLS {
@@ -95,11 +78,8 @@ pub(super) fn prepare_vm(fd: &VmFd) -> VcpuResult<()> {
                 action: kb::kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER as u8,
                 ..Default::default()
             };
-            fd.set_device_attr(&kb::kvm_device_attr {
-                addr: &raw const filter as u64,
-                ..call_filter()
-            })
-            .map_err(refused("KVM_ARM_VM_SMCCC_FILTER"))?;
+            fd.set_device_attr(&kb::kvm_device_attr { addr: &raw const filter as u64, ..call_filter() })
+                .map_err(refused("KVM_ARM_VM_SMCCC_FILTER"))?;
         }
     }
     Ok(())
@@ -118,8 +98,7 @@ fn forwards_calls(fd: &VmFd) -> bool {
 }
 
 pub(super) fn capabilities(kvm: &Kvm, fd: &VmFd, caps: &mut Capabilities) -> VcpuResult<()> {
-    caps.guest_phys_bits =
-        address_bits(kvm.check_extension_int(Cap::ArmVmIPASize)).unwrap_or(DEFAULT_ADDRESS_BITS);
+    caps.guest_phys_bits = address_bits(kvm.check_extension_int(Cap::ArmVmIPASize)).unwrap_or(DEFAULT_ADDRESS_BITS);
     caps.aarch64_calls = forwards_calls(fd);
     for (ours, needs, _) in FEATURES {
         let has = |cap: &u32| fd.check_extension_raw(u64::from(*cap)) > 0;
@@ -188,18 +167,14 @@ impl ArchVm for VmArch {
 
 impl VmArch {
     fn kernel_gic(&self) -> VcpuResult<&KernelGic> {
-        self.gic
-            .get()
-            .ok_or_else(|| not_here("a GIC in a machine without one"))
+        self.gic.get().ok_or_else(|| not_here("a GIC in a machine without one"))
     }
 }
 
 /// Sets an interrupt line. The kernel's number has the kind of interrupt and the vCPU in it (`api.rst`, KVM_IRQ_LINE).
 pub(super) fn set_line(vm: &KvmVm, gsi: u32, level: bool) -> VcpuResult<()> {
     let number = match private_line(gsi) {
-        None if gsi < Gic::INTERRUPTS - 32 => {
-            kb::KVM_ARM_IRQ_TYPE_SPI << kb::KVM_ARM_IRQ_TYPE_SHIFT | (gsi + 32)
-        }
+        None if gsi < Gic::INTERRUPTS - 32 => kb::KVM_ARM_IRQ_TYPE_SPI << kb::KVM_ARM_IRQ_TYPE_SHIFT | (gsi + 32),
         Some((vcpu, intid @ 16..32)) => {
             (vcpu >> 8) << kb::KVM_ARM_IRQ_VCPU2_SHIFT
                 | kb::KVM_ARM_IRQ_TYPE_PPI << kb::KVM_ARM_IRQ_TYPE_SHIFT
@@ -212,9 +187,7 @@ pub(super) fn set_line(vm: &KvmVm, gsi: u32, level: bool) -> VcpuResult<()> {
             return Err(AccelError::invalid("interrupt line", detail));
         }
     };
-    vm.fd
-        .set_irq_line(number, level)
-        .map_err(refused("KVM_IRQ_LINE"))
+    vm.fd.set_irq_line(number, level).map_err(refused("KVM_IRQ_LINE"))
 }
 
 /// State of this library about a vCPU.
@@ -247,9 +220,7 @@ impl KvmVcpu {
         self.init_cpu()?;
         if self.arch.features.contains(Aarch64Features::SVE) {
             let feature = kb::KVM_ARM_VCPU_SVE as i32;
-            self.fd
-                .vcpu_finalize(&feature)
-                .map_err(refused("KVM_ARM_VCPU_FINALIZE"))?;
+            self.fd.vcpu_finalize(&feature).map_err(refused("KVM_ARM_VCPU_FINALIZE"))?;
         }
         lock(&self.vm.arch.vcpus).push(self.get_id());
         Ok(())
@@ -258,10 +229,7 @@ impl KvmVcpu {
     /// Resets the CPU.
     fn init_cpu(&self) -> VcpuResult<()> {
         let mut init = kb::kvm_vcpu_init::default();
-        self.vm
-            .fd
-            .get_preferred_target(&mut init)
-            .map_err(refused("KVM_ARM_PREFERRED_TARGET"))?;
+        self.vm.fd.get_preferred_target(&mut init).map_err(refused("KVM_ARM_PREFERRED_TARGET"))?;
         init.features[0] |= 1 << kb::KVM_ARM_VCPU_PSCI_0_2;
         if self.get_id() != 0 {
             init.features[0] |= 1 << kb::KVM_ARM_VCPU_POWER_OFF;
@@ -271,9 +239,7 @@ impl KvmVcpu {
                 bits.iter().for_each(|bit| init.features[0] |= 1 << bit);
             }
         }
-        self.fd
-            .vcpu_init(&init)
-            .map_err(refused("KVM_ARM_VCPU_INIT"))
+        self.fd.vcpu_init(&init).map_err(refused("KVM_ARM_VCPU_INIT"))
     }
 
     /// What must follow the creation of all vCPUs.
@@ -287,17 +253,10 @@ impl KvmVcpu {
                 addr,
                 ..Default::default()
             };
-            let set = |attribute| {
-                self.fd
-                    .set_device_attr(&attribute)
-                    .map_err(refused("KVM_ARM_VCPU_PMU_V3_CTRL"))
-            };
+            let set = |attribute| self.fd.set_device_attr(&attribute).map_err(refused("KVM_ARM_VCPU_PMU_V3_CTRL"));
             if self.vm.arch.gic.get().is_some() {
                 let irq = PMU_INTID;
-                set(attribute(
-                    kb::KVM_ARM_VCPU_PMU_V3_IRQ,
-                    &raw const irq as u64,
-                ))?;
+                set(attribute(kb::KVM_ARM_VCPU_PMU_V3_IRQ, &raw const irq as u64))?;
             }
             set(attribute(kb::KVM_ARM_VCPU_PMU_V3_INIT, 0))?;
         }
@@ -334,17 +293,11 @@ impl KvmVcpu {
                 // SAFETY: the exit reason says that the kernel filled the exit's part of the union with this structure,
                 // which is smaller than the union.
                 let sea = unsafe {
-                    std::ptr::from_ref(&self.run_area().__bindgen_anon_1)
-                        .cast::<ffi::ArmSea>()
-                        .read_unaligned()
+                    std::ptr::from_ref(&self.run_area().__bindgen_anon_1).cast::<ffi::ArmSea>().read_unaligned()
                 };
                 Err(AccelError::MemoryFault {
                     kind: AccelKind::Kvm,
-                    gpa: if sea.flags & ffi::ARM_SEA_GPA_VALID != 0 {
-                        sea.gpa
-                    } else {
-                        0
-                    },
+                    gpa: if sea.flags & ffi::ARM_SEA_GPA_VALID != 0 { sea.gpa } else { 0 },
                     size: 0,
                     flags: sea.esr,
                 })
@@ -354,10 +307,7 @@ impl KvmVcpu {
     }
 
     /// What a debug exit was, from its syndrome (Arm ARM, D24.2.40, "EC encoding").
-    pub(super) fn arch_debug_event(
-        &self,
-        debug: &kb::kvm_debug_exit_arch,
-    ) -> VcpuResult<DebugEvent> {
+    pub(super) fn arch_debug_event(&self, debug: &kb::kvm_debug_exit_arch) -> VcpuResult<DebugEvent> {
         debug_event(debug, self.get_core(PC)?)
     }
 
@@ -391,9 +341,7 @@ impl KvmVcpu {
                 theirs.control |= kb::KVM_GUESTDBG_ENABLE | flag;
             }
         }
-        self.fd
-            .set_guest_debug(&theirs)
-            .map_err(refused("KVM_SET_GUEST_DEBUG"))
+        self.fd.set_guest_debug(&theirs).map_err(refused("KVM_SET_GUEST_DEBUG"))
     }
 
     pub(super) fn arch_as_x86(&mut self) -> Option<&mut dyn X86Vcpu> {
@@ -432,10 +380,7 @@ fn debug_event(debug: &kb::kvm_debug_exit_arch, pc: u64) -> VcpuResult<DebugEven
     Ok(match debug.hsr >> 26 {
         0x30 | 0x31 => DebugEvent::HardwareBreakpoint { pc },
         0x32 | 0x33 => DebugEvent::SingleStep { pc },
-        0x34 | 0x35 => DebugEvent::Watchpoint {
-            pc,
-            addr: Some(debug.far),
-        },
+        0x34 | 0x35 => DebugEvent::Watchpoint { pc, addr: Some(debug.far) },
         0x38 | 0x3c => DebugEvent::SoftwareBreakpoint { pc },
         class => {
             let detail = format!("the kernel reports an exception of class {class:#x}");
@@ -449,11 +394,7 @@ mod tests {
     use super::*;
 
     fn event(class: u32) -> Option<DebugEvent> {
-        let exit = kb::kvm_debug_exit_arch {
-            hsr: class << 26 | 0x1ff_ffff,
-            far: 9,
-            ..Default::default()
-        };
+        let exit = kb::kvm_debug_exit_arch { hsr: class << 26 | 0x1ff_ffff, far: 9, ..Default::default() };
         debug_event(&exit, 7).ok()
     }
 
@@ -461,10 +402,7 @@ mod tests {
     fn debug_exits_are_told_apart() {
         assert_eq!(event(0x31), Some(DebugEvent::HardwareBreakpoint { pc: 7 }));
         assert_eq!(event(0x32), Some(DebugEvent::SingleStep { pc: 7 }));
-        let watch = DebugEvent::Watchpoint {
-            pc: 7,
-            addr: Some(9),
-        };
+        let watch = DebugEvent::Watchpoint { pc: 7, addr: Some(9) };
         assert_eq!(event(0x35), Some(watch));
         assert_eq!(event(0x3c), Some(DebugEvent::SoftwareBreakpoint { pc: 7 }));
         assert_eq!(event(0x24), None);
@@ -473,18 +411,9 @@ mod tests {
     #[test]
     fn watchpoints_select_their_bytes() {
         let at = |addr, len, on| comparator(&HardwareBreakpoint { addr, len, on }).ok();
-        assert_eq!(
-            at(0x1006, 2, BreakOn::Write),
-            Some((7 | 2 << 3 | 0xc0 << 5, 0x1000))
-        );
-        assert_eq!(
-            at(0x1000, 8, BreakOn::Access),
-            Some((7 | 3 << 3 | 0xff << 5, 0x1000))
-        );
-        assert_eq!(
-            at(0x1004, 1, BreakOn::Execute),
-            Some((7 | 0xf << 5, 0x1004))
-        );
+        assert_eq!(at(0x1006, 2, BreakOn::Write), Some((7 | 2 << 3 | 0xc0 << 5, 0x1000)));
+        assert_eq!(at(0x1000, 8, BreakOn::Access), Some((7 | 3 << 3 | 0xff << 5, 0x1000)));
+        assert_eq!(at(0x1004, 1, BreakOn::Execute), Some((7 | 0xf << 5, 0x1004)));
         assert_eq!(at(0x1002, 1, BreakOn::Execute), None);
         assert_eq!(at(0x1002, 4, BreakOn::Write), None);
         assert_eq!(at(0x1000, 3, BreakOn::Write), None);

@@ -8,8 +8,8 @@ use super::super::{errno, refused};
 use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm as ffi;
 use crate::regs::aarch64::{
-    self as aarch64, Aarch64Events, Aarch64Features, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu,
-    PlatformRegister, Reg, VirtualTimer,
+    self as aarch64, Aarch64Events, Aarch64Features, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu, PlatformRegister,
+    Reg, VirtualTimer,
 };
 use crate::regs::{FpuRegs, GuestRegs};
 use crate::vcpu_common::VcpuOps;
@@ -41,10 +41,7 @@ const fn general(offset: usize) -> u64 {
 }
 
 const fn vector(offset: usize) -> u64 {
-    core(
-        offset_of!(kb::kvm_regs, fp_regs.vregs) + offset,
-        kb::KVM_REG_SIZE_U128,
-    )
+    core(offset_of!(kb::kvm_regs, fp_regs.vregs) + offset, kb::KVM_REG_SIZE_U128)
 }
 
 numbered!(general, 8:
@@ -119,9 +116,7 @@ fn number_of(encoding: u16) -> u64 {
 /// The encoding of a register's number, if it is a system register's.
 fn encoding_of(number: u64) -> Option<u16> {
     let exception = EXCEPTIONS.iter().find(|(_, theirs)| *theirs == number);
-    exception
-        .map(|(encoding, _)| *encoding)
-        .or_else(|| (number & !0xffff == system(0)).then_some(number as u16))
+    exception.map(|(encoding, _)| *encoding).or_else(|| (number & !0xffff == system(0)).then_some(number as u16))
 }
 
 /// Writing the virtual count moves it for all vCPUs, so it goes last.
@@ -144,17 +139,12 @@ const MP_STATES: [(Aarch64MpState, u32); 3] = [
 impl KvmVcpu {
     fn get_one<const N: usize>(&self, number: u64) -> VcpuResult<[u8; N]> {
         let mut value = [0; N];
-        self.fd
-            .get_one_reg(number, &mut value)
-            .map_err(refused("KVM_GET_ONE_REG"))?;
+        self.fd.get_one_reg(number, &mut value).map_err(refused("KVM_GET_ONE_REG"))?;
         Ok(value)
     }
 
     fn set_one(&self, number: u64, value: &[u8]) -> VcpuResult<()> {
-        self.fd
-            .set_one_reg(number, value)
-            .map(drop)
-            .map_err(refused("KVM_SET_ONE_REG"))
+        self.fd.set_one_reg(number, value).map(drop).map_err(refused("KVM_SET_ONE_REG"))
     }
 
     /// The number of the stack pointer that PSTATE selects.
@@ -165,20 +155,12 @@ impl KvmVcpu {
     }
 
     pub(super) fn get_core(&self, number: u64) -> VcpuResult<u64> {
-        let number = if number == SP {
-            self.stack_pointer()?
-        } else {
-            number
-        };
+        let number = if number == SP { self.stack_pointer()? } else { number };
         Ok(u64::from_le_bytes(self.get_one(number)?))
     }
 
     fn set_core(&mut self, number: u64, value: u64) -> VcpuResult<()> {
-        let number = if number == SP {
-            self.stack_pointer()?
-        } else {
-            number
-        };
+        let number = if number == SP { self.stack_pointer()? } else { number };
         self.set_one(number, &value.to_le_bytes())
     }
 
@@ -258,11 +240,7 @@ impl KvmVcpu {
         let known = ["KVM_GET_ONE_REG", "KVM_SET_ONE_REG"]
             .into_iter()
             .any(|op| refusals.iter().any(|code| error == errno(op, *code)));
-        if known {
-            AccelError::invalid(what, format!("{name}: {error}"))
-        } else {
-            error
-        }
+        if known { AccelError::invalid(what, format!("{name}: {error}")) } else { error }
     }
 }
 
@@ -270,25 +248,18 @@ impl Aarch64Vcpu for KvmVcpu {
     fn get_sys_reg(&self, encoding: u16) -> VcpuResult<u64> {
         self.get_one(number_of(encoding))
             .map(u64::from_le_bytes)
-            .map_err(|error| {
-                Self::unknown_register(error, "system register", format!("{encoding:#x}"))
-            })
+            .map_err(|error| Self::unknown_register(error, "system register", format!("{encoding:#x}")))
     }
 
     fn set_sys_reg(&mut self, encoding: u16, value: u64) -> VcpuResult<()> {
-        self.set_one(number_of(encoding), &value.to_le_bytes())
-            .map_err(|error| {
-                let name = format!("{encoding:#x} = {value:#x}");
-                Self::unknown_register(error, "system register", name)
-            })
+        self.set_one(number_of(encoding), &value.to_le_bytes()).map_err(|error| {
+            let name = format!("{encoding:#x} = {value:#x}");
+            Self::unknown_register(error, "system register", name)
+        })
     }
 
     fn list_sys_regs(&self) -> VcpuResult<Vec<u16>> {
-        Ok(self
-            .numbers()?
-            .into_iter()
-            .filter_map(encoding_of)
-            .collect())
+        Ok(self.numbers()?.into_iter().filter_map(encoding_of).collect())
     }
 
     fn save_registers(&self) -> VcpuResult<Vec<PlatformRegister>> {
@@ -299,9 +270,7 @@ impl Aarch64Vcpu for KvmVcpu {
             .into_iter()
             .map(|id| {
                 let mut value = vec![0; size(id)];
-                self.fd
-                    .get_one_reg(id, &mut value)
-                    .map_err(refused("KVM_GET_ONE_REG"))?;
+                self.fd.get_one_reg(id, &mut value).map_err(refused("KVM_GET_ONE_REG"))?;
                 Ok(PlatformRegister { id, value })
             })
             .collect()
@@ -310,29 +279,19 @@ impl Aarch64Vcpu for KvmVcpu {
     fn restore_registers(&mut self, registers: &[PlatformRegister]) -> VcpuResult<()> {
         for PlatformRegister { id, value } in registers {
             if value.len() != size(*id) {
-                let detail = format!(
-                    "{id:#x} has {} bytes, {} were given",
-                    size(*id),
-                    value.len()
-                );
+                let detail = format!("{id:#x} has {} bytes, {} were given", size(*id), value.len());
                 return Err(AccelError::invalid("register", detail));
             }
-            self.set_one(*id, value)
-                .map_err(|error| Self::unknown_register(error, "register", format!("{id:#x}")))?;
+            self.set_one(*id, value).map_err(|error| Self::unknown_register(error, "register", format!("{id:#x}")))?;
         }
         Ok(())
     }
 
     fn get_events(&self) -> VcpuResult<Aarch64Events> {
-        let theirs = self
-            .fd
-            .get_vcpu_events()
-            .map_err(refused("KVM_GET_VCPU_EVENTS"))?
-            .exception;
+        let theirs = self.fd.get_vcpu_events().map_err(refused("KVM_GET_VCPU_EVENTS"))?.exception;
         Ok(Aarch64Events {
             serror_pending: theirs.serror_pending != 0,
-            serror_esr: (theirs.serror_pending != 0 && theirs.serror_has_esr != 0)
-                .then_some(theirs.serror_esr),
+            serror_esr: (theirs.serror_pending != 0 && theirs.serror_has_esr != 0).then_some(theirs.serror_esr),
             external_abort: false,
         })
     }
@@ -349,46 +308,26 @@ impl Aarch64Vcpu for KvmVcpu {
             theirs.exception.serror_has_esr = 1;
             theirs.exception.serror_esr = esr;
         }
-        self.fd
-            .set_vcpu_events(&theirs)
-            .map_err(refused("KVM_SET_VCPU_EVENTS"))
+        self.fd.set_vcpu_events(&theirs).map_err(refused("KVM_SET_VCPU_EVENTS"))
     }
 
     fn get_mp_state(&self) -> VcpuResult<Aarch64MpState> {
-        let theirs = self
-            .fd
-            .get_mp_state()
-            .map_err(refused("KVM_GET_MP_STATE"))?
-            .mp_state;
+        let theirs = self.fd.get_mp_state().map_err(refused("KVM_GET_MP_STATE"))?.mp_state;
         MP_STATES
             .iter()
             .find(|(_, number)| *number == theirs)
             .map(|(state, _)| *state)
-            .ok_or_else(|| {
-                AccelError::invalid(
-                    "MP state",
-                    format!("the kernel reports an unknown one, {theirs}"),
-                )
-            })
+            .ok_or_else(|| AccelError::invalid("MP state", format!("the kernel reports an unknown one, {theirs}")))
     }
 
     fn set_mp_state(&mut self, state: Aarch64MpState) -> VcpuResult<()> {
         if state == Aarch64MpState::Suspended
-            && self
-                .vm
-                .fd
-                .check_extension_raw(kb::KVM_CAP_ARM_SYSTEM_SUSPEND.into())
-                <= 0
+            && self.vm.fd.check_extension_raw(kb::KVM_CAP_ARM_SYSTEM_SUSPEND.into()) <= 0
         {
             return Err(self.unsupported("a suspended vCPU"));
         }
-        let number = MP_STATES
-            .iter()
-            .find(|(ours, _)| *ours == state)
-            .map_or(0, |(_, number)| *number);
-        self.fd
-            .set_mp_state(kb::kvm_mp_state { mp_state: number })
-            .map_err(refused("KVM_SET_MP_STATE"))
+        let number = MP_STATES.iter().find(|(ours, _)| *ours == state).map_or(0, |(_, number)| *number);
+        self.fd.set_mp_state(kb::kvm_mp_state { mp_state: number }).map_err(refused("KVM_SET_MP_STATE"))
     }
 
     fn get_virtual_timer(&self) -> VcpuResult<VirtualTimer> {
@@ -442,8 +381,7 @@ mod tests {
 
     #[test]
     fn tables_name_every_register_once() {
-        let of =
-            |map: &[crate::RegMapping]| map.iter().map(|entry| entry.index).collect::<HashSet<_>>();
+        let of = |map: &[crate::RegMapping]| map.iter().map(|entry| entry.index).collect::<HashSet<_>>();
         assert_eq!(KvmVcpu::REG_MAP.len(), GuestRegs::FLAGS + 1);
         assert_eq!(of(KvmVcpu::REG_MAP).len(), GuestRegs::FLAGS + 1);
         assert_eq!(of(KvmVcpu::WIDE_REG_MAP), (0..32).collect());
@@ -451,10 +389,7 @@ mod tests {
 
     #[test]
     fn the_timers_registers_are_exchanged_and_come_back() {
-        assert_eq!(
-            number_of(aarch64::CNTV_CVAL_EL0),
-            system(sys_reg(3, 3, 14, 0, 2))
-        );
+        assert_eq!(number_of(aarch64::CNTV_CVAL_EL0), system(sys_reg(3, 3, 14, 0, 2)));
         for (encoding, _) in EXCEPTIONS {
             assert_eq!(encoding_of(number_of(encoding)), Some(encoding));
         }
