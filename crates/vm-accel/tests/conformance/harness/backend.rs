@@ -64,6 +64,5 @@ impl Host {
 pub(crate) fn cpu_is_emulated() -> bool {
     // Arm CPUs have no names: implementer 0 is "software" (Arm ARM, MIDR_EL1), which is TCG's `max`.
     let marks = ["QEMU TCG", "CPU implementer\t: 0x00"];
-    std::fs::read_to_string("/proc/cpuinfo")
-        .is_ok_and(|text| marks.iter().any(|mark| text.contains(mark)))
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| marks.iter().any(|mark| text.contains(mark)))
 }
