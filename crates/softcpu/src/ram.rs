@@ -198,11 +198,7 @@ impl Ram {
         writable: bool,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<(), RamError> {
-        if gpa % PAGE != 0
-            || size % PAGE != 0
-            || size == 0
-            || host.addr() % 16 != 0
-            || gpa.checked_add(size).is_none()
+        if gpa % PAGE != 0 || size % PAGE != 0 || size == 0 || host.addr() % 16 != 0 || gpa.checked_add(size).is_none()
         {
             return Err(RamError::Misaligned);
         }
