@@ -18,7 +18,7 @@ use std::mem::offset_of;
 
 /// The core register at `offset` of `struct kvm_regs`, of the size that `size` says.
 const fn core(offset: usize, size: u64) -> u64 {
-    kb::KVM_REG_ARM64 | size | kb::KVM_REG_ARM_CORE as u64 | offset as u64 / 4
+    kb::KVM_REG_ARM64 | size | kb::KVM_REG_ARM_CORE as u64 | (offset as u64 / 4)
 }
 
 const fn core64(offset: usize) -> u64 {
