@@ -26,6 +26,8 @@ pub enum RamError {
     Overlap,
     /// Nothing is mapped at that address.
     NotMapped,
+    /// The host has no memory for the bookkeeping of a range of this size.
+    TooLarge,
 }
 
 impl fmt::Display for RamError {
@@ -34,6 +36,7 @@ impl fmt::Display for RamError {
             RamError::Misaligned => "guest RAM ranges must be whole 4096-byte pages",
             RamError::Overlap => "the range overlaps guest RAM that is mapped",
             RamError::NotMapped => "no guest RAM is mapped at that address",
+            RamError::TooLarge => "the host has no memory for the bookkeeping of a range of this size",
         })
     }
 }
@@ -95,6 +98,13 @@ pub(crate) fn granules(gpa: u64, len: u64) -> u64 {
     let first = (gpa % PAGE) >> GRANULE;
     let last = ((gpa % PAGE + len.max(1) - 1) >> GRANULE).min(63);
     (u64::MAX << first) & (u64::MAX >> (63 - last))
+}
+
+/// `count` words of zero, or an error if the host has no memory for them: the size of a range is the owner's word.
+fn clear_words(count: usize) -> Result<Box<[AtomicU64]>, RamError> {
+    // Asked first and given back: collecting zeros gets memory that the host need not touch, but cannot fail softly.
+    Vec::<AtomicU64>::new().try_reserve_exact(count).map_err(|_| RamError::TooLarge)?;
+    Ok((0..count).map(|_| AtomicU64::new(0)).collect())
 }
 
 /// All regions, sorted by address; replaced as a whole when it changes.
@@ -208,15 +218,14 @@ impl Ram {
             return Err(RamError::Overlap);
         }
         let pages = (size / PAGE) as usize;
-        let words = |n: usize| (0..n).map(|_| AtomicU64::new(0)).collect();
         regions.push(Arc::new(Region {
             gpa,
             size,
             host: host.expose_provenance(),
             writable,
             log: AtomicBool::new(false),
-            dirty: words(pages.div_ceil(64)),
-            code: words(pages),
+            dirty: clear_words(pages.div_ceil(64))?,
+            code: clear_words(pages)?,
             _owner: owner,
         }));
         regions.sort_by_key(|r| r.gpa);

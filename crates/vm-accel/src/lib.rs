@@ -8,11 +8,12 @@
 //! A guest of five instructions in real mode: it reads a port, adds two, writes the sum to another port and halts.
 //!
 //! ```
-//! use vm_accel::{Accel, AccelKind, GuestRegion, IoDirection, MemoryFlags, PlatformBackend, VcpuExit, x86_64::Segment};
+//! use vm_accel::{Accel, AccelKind, GuestArch, GuestRegion, IoDirection, MemoryFlags, PlatformBackend, VcpuExit, x86_64::Segment};
 //!
 //! # fn main() -> vm_accel::VcpuResult<()> {
-//! // The first kind that works here. `probe()` tells why others do not.
-//! let Some(mut vm) = AccelKind::ALL.into_iter().find_map(|kind| PlatformBackend::new(kind).ok()) else {
+//! // The first kind that works here and runs x86-64 guests. `probe()` tells why others do not.
+//! let mut kinds = AccelKind::ALL.into_iter().filter_map(|kind| PlatformBackend::new(kind).ok());
+//! let Some(mut vm) = kinds.find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64) else {
 //!     println!("no backend: {:?}", vm_accel::probe());
 //!     return Ok(());
 //! };
