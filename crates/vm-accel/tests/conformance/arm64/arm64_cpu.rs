@@ -250,25 +250,33 @@ fn psci_starts_a_cpu(host: &Host) -> Outcome {
         let spin = a.bound();
         a.b(spin);
         a.bind(entry);
-        a.report(0);
+        a.mov(1, layout::DEVICE);
+        a.store(8, 0, 1, Offset(0));
+        a.load(8, 2, 1, Offset(8));
         a.psci(psci::SYSTEM_OFF);
     })?;
     let mut other = m.vm.create_vcpu(1)?;
-    let kick = other.kick_handle()?;
-    host.watch.add(kick);
+    host.watch.add(other.kick_handle()?);
+    // SYSTEM_OFF stops CPU 0 wherever it is, so CPU 1 is held back until CPU 0 has reported.
+    let (reported, wait) = std::sync::mpsc::channel::<()>();
     let second = std::thread::spawn(move || -> Result<(u64, VcpuExit), vm_accel::AccelError> {
-        let report = loop {
+        let mut context = 0;
+        loop {
             match other.run()? {
-                VcpuExit::Mmio { .. } => {
-                    break u64::from_le_bytes(other.io_data()?.try_into().unwrap_or_default());
+                VcpuExit::Mmio { is_write: true, .. } => {
+                    context = u64::from_le_bytes(other.io_data()?.try_into().unwrap_or_default());
                 }
-                VcpuExit::Interrupt => {}
-                exit => return Ok((0, exit)),
+                VcpuExit::Mmio { .. } => {
+                    // If CPU 0 fails, its end of the channel is dropped.
+                    let _ = wait.recv();
+                    other.complete_read(&[0; 8])?;
+                }
+                exit => return Ok((context, exit)),
             }
-        };
-        Ok((report, other.run()?))
+        }
     });
     m.expect_report(0)?;
+    drop(reported);
     let ended = second.join().expect("the second CPU's thread does not panic")?;
     assert_eq!(ended, (0xcafe, VcpuExit::Shutdown));
     Ok(())
@@ -394,7 +402,9 @@ fn snapshot_moves_to_another_machine(host: &Host) -> Outcome {
 
 /// Runs `vcpu` on another thread until it returns, and kicks it when the guest has begun.
 fn kicked(host: &Host, write: impl FnOnce(&mut Assembler)) -> Outcome {
-    let m = Arm::new(host, write)?;
+    let mut m = Arm::new(host, write)?;
+    // With caches on, so that the host sees the guest's store at once on every CPU.
+    m.mmu_on()?;
     let Arm { mut vcpu, vm, ram, .. } = m;
     let kick = vcpu.kick_handle()?;
     let runner = std::thread::spawn(move || vcpu.run().map(|exit| (exit, vcpu)));
