@@ -275,10 +275,10 @@ impl Cpu {
         if core.debug.software_breakpoints && exception == Exception::Bp {
             return Pause::Exit(Exit::Debug { vector: 3, dr6: 0 });
         }
-        if let Exception::Db(dr6) = exception
-            && (core.debug.hardware_breakpoints || core.debug.single_step)
-        {
-            return Pause::Exit(Exit::Debug { vector: 1, dr6 });
+        if let Exception::Db(dr6) = exception {
+            if core.debug.hardware_breakpoints || core.debug.single_step {
+                return Pause::Exit(Exit::Debug { vector: 1, dr6 });
+            }
         }
         self.deliver(crate::interrupt::Source::Exception(exception))
     }

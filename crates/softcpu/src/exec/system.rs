@@ -365,10 +365,10 @@ fn cpuid(cpu: &mut Core, _: &Op) -> Exec {
         // A local APIC that is switched off is not there (SDM vol. 3A, "Local APIC Status and Location").
         const ENABLED: u64 = 1 << 11;
         let tsc = cpu.tsc();
-        if let MsrAnswer::Done(base) = cpu.bus.msr_read(crate::apic::MSR_APIC_BASE, tsc)
-            && base & ENABLED == 0
-        {
-            entry.edx &= !crate::cpuid::APIC_BIT;
+        if let MsrAnswer::Done(base) = cpu.bus.msr_read(crate::apic::MSR_APIC_BASE, tsc) {
+            if base & ENABLED == 0 {
+                entry.edx &= !crate::cpuid::APIC_BIT;
+            }
         }
     }
     for (reg, value) in [(0, entry.eax), (3, entry.ebx), (1, entry.ecx), (2, entry.edx)] {

@@ -131,10 +131,10 @@ impl ArchVm for VmArch {
         }
         // The lock keeps others from going on before the GIC is ready.
         let vcpus = lock(&self.vcpus);
-        if let Some(gic) = self.gic.get()
-            && !self.ready.load(Ordering::Acquire)
-        {
-            gic.complete()?;
+        if let Some(gic) = self.gic.get() {
+            if !self.ready.load(Ordering::Acquire) {
+                gic.complete()?;
+            }
         }
         // Release pairs with the loads above: whoever sees it may use the GIC.
         self.ready.store(true, Ordering::Release);
