@@ -71,7 +71,7 @@ fn handler() -> Vec<u8> {
     a.finish()
 }
 
-/// A program on a GICv3; `None` where the host has another.
+/// A program on a GICv3. A host that has only a GICv2 fails here: what these cases program is not there.
 fn machine(host: &Host, write: impl FnOnce(&mut Assembler)) -> Outcome<Arm> {
     let m = Arm::with_gic(host, write)?;
     if m.vm.gic()?.version != GicVersion::V3 {
