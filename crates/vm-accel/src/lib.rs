@@ -77,6 +77,8 @@ pub use vcpu_common::{
     PendingAccess, ToGuestRegs, VcpuExit, VcpuKick, VcpuOps,
 };
 
+pub use vm_accel_sys::ffi_table;
+
 /// Compiles and runs what the README shows.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

@@ -6,9 +6,15 @@
 #[allow(dead_code, unused_imports)]
 mod aarch64_access;
 pub mod fallback;
+#[cfg(any(hvf_x86_64, hvf_aarch64))]
+pub mod hvf;
 #[cfg(kvm)]
 pub mod kvm;
 mod soft_apic;
+#[cfg(vz)]
+pub mod vz;
+#[cfg(any(whpx_x86_64, whpx_aarch64))]
+pub mod whpx;
 
 use crate::accel::{
     Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags, MsiMessage, ProbeReport,

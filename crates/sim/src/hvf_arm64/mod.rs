@@ -1,0 +1,1 @@
+//! Hypervisor.framework for arm64 guests, simulated.

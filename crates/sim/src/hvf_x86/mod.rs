@@ -1,0 +1,1 @@
+//! Hypervisor.framework for x86-64 guests, simulated.

@@ -1,0 +1,1 @@
+//! The Windows Hypervisor Platform for x64 guests, simulated.

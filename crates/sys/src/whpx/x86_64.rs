@@ -1,0 +1,1 @@
+//! The Windows Hypervisor Platform on x64.

@@ -1,0 +1,1 @@
+//! Apple's Virtualization.framework: whole virtual machines, no vCPU access.
