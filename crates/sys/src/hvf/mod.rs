@@ -9,7 +9,7 @@ pub mod code {
     use super::HvReturn;
 
     const fn code(n: u32) -> HvReturn {
-        (0xfae9_4000 | n).cast_signed()
+        (0xfae9_4000 | n) as HvReturn
     }
 
     pub const SUCCESS: HvReturn = 0;
