@@ -1,1 +1,1 @@
-//! The Windows Hypervisor Platform on arm64. `windows-sys` has the x64 structures under this name; these are ours.
+//! WHPX on arm64: to be declared here; `windows-sys` gives the x86-64 structures on this architecture.

@@ -1,4 +1,12 @@
 //! The Windows Hypervisor Platform. Its structures differ between the architectures: each has a module of its own.
 
 pub mod aarch64;
+mod bits;
+pub mod code;
 pub mod x86_64;
+
+pub use code::HRESULT;
+pub use windows_sys::Win32::Foundation::HANDLE;
+
+/// The library that has the functions; Windows has it when the feature "Windows Hypervisor Platform" is switched on.
+pub const LIBRARY: &str = "WinHvPlatform.dll";

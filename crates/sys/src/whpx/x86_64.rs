@@ -1,1 +1,0 @@
-//! The Windows Hypervisor Platform on x64.

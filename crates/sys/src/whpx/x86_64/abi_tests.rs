@@ -1,0 +1,1 @@
+//! Sizes, offsets and alignments against Microsoft's headers.
