@@ -26,7 +26,7 @@ impl Mischief {
     }
 
     /// The next number of the stream (splitmix64, Steele et al. 2014); 0 without a seed.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         let Some(state) = &mut self.state else {
             return 0;
         };
@@ -39,7 +39,7 @@ impl Mischief {
 
     /// True once in `n` times on average, never without a seed.
     pub fn one_in(&mut self, n: u64) -> bool {
-        self.is_hostile() && self.next() % n.max(1) == 0
+        self.is_hostile() && self.draw().is_multiple_of(n.max(1))
     }
 
     /// One of `choices`; the first without a seed.
@@ -47,7 +47,7 @@ impl Mischief {
     /// # Panics
     /// If there are no choices.
     pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.next() as usize % choices.len()]
+        choices[self.draw() as usize % choices.len()]
     }
 }
 
