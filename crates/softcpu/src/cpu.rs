@@ -231,6 +231,11 @@ impl Cpu {
             return Some(self.deliver_exception(exception));
         }
         let shadow = core.st.events.sti_shadow || core.st.events.mov_ss_shadow;
+        if core.st.events.debug_trap != 0 && !core.st.events.mov_ss_shadow {
+            let dr6 = std::mem::take(&mut core.st.events.debug_trap);
+            core.st.events.halted = false;
+            return Some(self.deliver_exception(Exception::Db(dr6)));
+        }
         if core.st.events.nmi && !core.st.events.nmi_blocked && !shadow {
             core.st.events.nmi = false;
             core.st.events.halted = false;
@@ -505,6 +510,11 @@ impl Cpu {
         if resume_flag && !again && !matches!(leave, Err(Leave::Jump)) {
             core.st.rflags &= !rflags::RF;
         }
+        if shadow {
+            // Data breakpoints that MOV SS itself hit come behind the next instruction; the single step's trap does not (SDM vol.
+            // 3A, 6.8.3).
+            core.st.events.debug_trap |= core.watch_hits;
+        }
         let mut dr6 = core.watch_hits;
         if trap_flag && (core.st.rflags & rflags::TF != 0 || !matches!(leave, Err(Leave::Jump)))
             || core.debug.single_step
@@ -514,6 +524,7 @@ impl Cpu {
         if dr6 != 0 && !shadow && exit.is_none() && deliver {
             // A debug trap ends HLT (SDM vol. 2A, HLT).
             core.st.events.halted = false;
+            dr6 |= std::mem::take(&mut core.st.events.debug_trap);
             return self.deliver_exception(Exception::Db(dr6));
         }
         match exit {
@@ -582,6 +593,27 @@ impl Cpu {
         self.core.remote.running.store(false, Ordering::SeqCst);
         self.core.st.rflags = self.core.rflags();
         (exit != Exit::Budget).then_some(exit)
+    }
+
+    /// Executes the instruction at RIP alone, without looking for events: what a hypervisor leaves to its owner. Exceptions are
+    /// delivered. The answer, and how an access is answered, are those of [`Cpu::quiesce`].
+    pub fn finish_instruction(&mut self) -> Option<Exit> {
+        self.core.replay.resume = true;
+        self.quiesce()
+    }
+
+    /// Takes the event in delivery (exception, non-maskable or external interrupt) through the guest's descriptor tables, without
+    /// running the guest further. `Some` for a shutdown.
+    pub fn deliver_event(&mut self) -> Option<Exit> {
+        self.core.remote.running.store(true, Ordering::SeqCst);
+        self.core.take_in();
+        let pause = self.events();
+        self.core.remote.running.store(false, Ordering::SeqCst);
+        self.core.st.rflags = self.core.rflags();
+        match pause {
+            Some(Pause::Exit(exit)) => Some(exit),
+            _ => None,
+        }
     }
 
     /// Asks for an [`Exit::InterruptWindow`] when an external interrupt could be taken.

@@ -409,6 +409,38 @@ fn iret_restores_what_the_interrupt_pushed() {
 }
 
 #[test]
+fn a_data_breakpoint_hit_by_mov_ss_waits_for_the_next_instruction() {
+    // mov ss, [0x5000], which DR1 watches, and what follows it: the vector whose handler halts, and the return addresses on the
+    // stack, innermost first (frames of five words at multiples of 16 bytes).
+    let mov_ss = [0x8e, 0x14, 0x25, 0, 0x50, 0, 0];
+    for (next, returns) in [
+        (&[0x90][..], &[CODE + 8][..]),
+        // INT1 is a #DB already: one delivery for both.
+        (&[0xf1], &[CODE + 8]),
+        // Interrupts are delivered first, and then the #DB at the first instruction of the handler.
+        (&[0xcc], &[HANDLER + 16 * 3, CODE + 8]),
+        (&[0xcd, 0x80], &[HANDLER + 16 * 0x80, CODE + 9]),
+        // So are faults.
+        (&[0x0f, 0x0b], &[HANDLER + 16 * 6, CODE + 7]),
+    ] {
+        let mut m = with_tables();
+        m.memory.write(0x5000, &16u16.to_le_bytes());
+        m.code(&[&mov_ss, next].concat());
+        m.cpu.update(|st| (st.dr[1], st.dr7) = (0x5000, 0x408 | 0xf << 20));
+        let stack = expect_vector(&mut m, 1, 6 * returns.len());
+        let found: Vec<u64> = stack.iter().step_by(6).copied().collect();
+        assert_eq!(found, returns, "behind {next:02x?}");
+        assert_eq!(m.cpu.state().dr6 & 0x400f, 2);
+        assert_eq!(m.cpu.state().events.debug_trap, 0);
+    }
+    // The trap of a single step is not held.
+    let mut m = with_tables();
+    m.code(&[0x8e, 0xd0, 0x90, 0x90]);
+    m.cpu.update(|st| (st.rflags, st.gpr[0]) = (st.rflags | rflags::TF, 16));
+    assert_eq!(expect_vector(&mut m, 1, 1), [CODE + 3]);
+}
+
+#[test]
 fn single_step_and_breakpoints() {
     // TF: #DB after each instruction.
     let mut m = with_tables();

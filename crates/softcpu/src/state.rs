@@ -275,6 +275,8 @@ pub struct Events {
     pub sti_shadow: bool,
     /// The previous instruction was MOV SS or POP SS: interrupts and debug traps wait one instruction.
     pub mov_ss_shadow: bool,
+    /// DR6 bits of data breakpoints that MOV SS or POP SS hit: a #DB behind the next instruction, 0 if there are none.
+    pub debug_trap: u64,
     /// The CPU waits in HLT.
     pub halted: bool,
     /// Triple fault: nothing runs until a reset.

@@ -138,7 +138,9 @@ fn int3(cpu: &mut Core, op: &Op) -> Exec {
 
 fn int1(cpu: &mut Core, op: &Op) -> Exec {
     let (rip, next) = (cpu.rip_of(op), cpu.next_rip(op));
-    cpu.software_interrupt(Source::Trap(Exception::Db(0), next), rip)
+    // A data breakpoint that waits is reported with this #DB, not by another.
+    let waiting = std::mem::take(&mut cpu.st.events.debug_trap);
+    cpu.software_interrupt(Source::Trap(Exception::Db(waiting), next), rip)
 }
 
 fn into(cpu: &mut Core, op: &Op) -> Exec {
