@@ -3,6 +3,8 @@
 //! Every access may answer [`Answer::Pending`]: the CPU then leaves `run` with that access as its exit and repeats the
 //! instruction when the answer is there. An implementation must not block.
 
+use crate::intercept::Intercept;
+
 /// How the machine answered an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -54,6 +56,11 @@ pub trait Bus: Send {
     fn msr_write(&mut self, index: u32, value: u64, tsc: u64) -> MsrAnswer {
         let _ = (index, value, tsc);
         MsrAnswer::NotMine
+    }
+    /// Whether the CPU is to leave before this takes effect.
+    fn intercept(&mut self, what: Intercept) -> bool {
+        let _ = what;
+        false
     }
     /// CR8: the task priority class, 0 to 15.
     fn cr8(&mut self) -> u8 {

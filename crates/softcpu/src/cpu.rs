@@ -17,6 +17,7 @@ use crate::exception::Exception;
 use crate::exec::{Exec, Leave, Op};
 use crate::exit::{Exit, GuestDebug};
 use crate::flags::Flags;
+use crate::intercept::Intercept;
 use crate::mmu::ItlbEntry;
 use crate::ram::{Kick, Ram, Remote};
 use crate::replay::Replay;
@@ -228,7 +229,7 @@ impl Cpu {
     fn events(&mut self) -> Option<Pause> {
         let core = &mut self.core;
         if let Some(exception) = core.st.events.exception.take() {
-            return Some(self.deliver_exception(exception));
+            return Some(self.present_exception(exception));
         }
         let shadow = core.st.events.sti_shadow || core.st.events.mov_ss_shadow;
         if core.st.events.debug_trap != 0 && !core.st.events.mov_ss_shadow {
@@ -276,6 +277,15 @@ impl Cpu {
     }
 
     fn deliver_exception(&mut self, exception: Exception) -> Pause {
+        let what = Intercept::Exception(exception);
+        if self.core.bus.intercept(what) {
+            return Pause::Exit(Exit::Intercept(what));
+        }
+        self.present_exception(exception)
+    }
+
+    /// Delivers an exception, whether the guest raised it or it was injected.
+    fn present_exception(&mut self, exception: Exception) -> Pause {
         let core = &mut self.core;
         if core.debug.software_breakpoints && exception == Exception::Bp {
             return Pause::Exit(Exit::Debug { vector: 3, dr6: 0 });
@@ -415,7 +425,7 @@ impl Cpu {
     }
 
     /// Fetches what could be one instruction: the bytes up to the end of the page, and of the next page if it can be fetched.
-    fn fetch(&mut self, rip: u64, bytes: &mut [u8; 15]) -> Exec<usize> {
+    pub(crate) fn fetch(&mut self, rip: u64, bytes: &mut [u8; 15]) -> Exec<usize> {
         let core = &mut self.core;
         let mut have = 0;
         while have < bytes.len() {
@@ -482,6 +492,10 @@ impl Cpu {
             Err(Leave::Trap) => {
                 core.resolve_canonical(op.sc & crate::exec::SC_STACK != 0);
                 match core.trap {
+                    Trap::Exit(Exit::Intercept(_), _) => {
+                        core.icount -= 1;
+                        return self.trapped();
+                    }
                     Trap::Exit(why, advance) => {
                         if advance {
                             core.st.rip = next;

@@ -1,5 +1,7 @@
 //! Why `run` returns, and what the owner may ask of the guest's debugging.
 
+use crate::intercept::Intercept;
+
 /// Why a CPU stopped running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -39,6 +41,8 @@ pub enum Exit {
     Kicked,
     /// The budget is used up.
     Budget,
+    /// The bus intercepts what comes next; it has not taken effect.
+    Intercept(Intercept),
     /// The owner asked for it and the CPU could now take an external interrupt.
     InterruptWindow,
 }

@@ -10,6 +10,7 @@ use super::{Exec, Handler, Leave, Op};
 use crate::core::{Core, Trap, mode};
 use crate::exception::Exception;
 use crate::exit::Exit;
+use crate::intercept::Intercept;
 use crate::interrupt::Source;
 use crate::mem::canonical;
 use crate::state::seg;
@@ -132,6 +133,7 @@ fn int3(cpu: &mut Core, op: &Op) -> Exec {
     if cpu.debug.software_breakpoints {
         return cpu.trap(Trap::Exit(Exit::Debug { vector: 3, dr6: 0 }, false));
     }
+    cpu.intercept(Intercept::Exception(Exception::Bp))?;
     let (rip, next) = (cpu.rip_of(op), cpu.next_rip(op));
     cpu.software_interrupt(Source::Trap(Exception::Bp, next), rip)
 }

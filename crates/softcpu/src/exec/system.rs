@@ -10,6 +10,7 @@ use crate::core::{Core, Trap};
 use crate::cpuid::Feature;
 use crate::exception::Exception;
 use crate::exit::Exit;
+use crate::intercept::Intercept;
 use crate::mem::canonical;
 use crate::state::{Segment, Table, cr0, cr4, efer, rflags, seg};
 
@@ -137,6 +138,7 @@ fn read_cr(cpu: &mut Core, op: &Op) -> Exec {
         4 => cpu.st.cr4,
         8 => {
             cpu.need_alone()?;
+            cpu.intercept(Intercept::Cr { number: 8, value: None })?;
             u64::from(cpu.bus.cr8())
         }
         _ => return cpu.raise(Exception::Ud),
@@ -149,6 +151,9 @@ fn read_cr(cpu: &mut Core, op: &Op) -> Exec {
 fn write_cr(cpu: &mut Core, op: &Op) -> Exec {
     cpu.privileged()?;
     let value = if cpu.code64() { cpu.reg::<u64>(op.s) } else { cpu.reg::<u32>(op.s) };
+    if matches!(op.d, 0 | 3 | 4 | 8) {
+        cpu.intercept(Intercept::Cr { number: op.d, value: Some(value) })?;
+    }
     match op.d {
         0 => cpu.write_cr0(value)?,
         2 => cpu.st.cr2 = value,
@@ -206,6 +211,7 @@ fn write_dr(cpu: &mut Core, op: &Op) -> Exec {
 
 fn clts(cpu: &mut Core, _: &Op) -> Exec {
     cpu.privileged()?;
+    cpu.intercept(Intercept::Cr { number: 0, value: Some(cpu.st.cr0 & !cr0::TS) })?;
     cpu.st.cr0 &= !cr0::TS;
     cpu.sync_mode();
     Err(Leave::Next)
@@ -216,7 +222,9 @@ fn lmsw<const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let value = if M { u64::from(cpu.load::<u16>(op)?) } else { cpu.reg::<u16>(op.d) };
     // PE can be set but not cleared.
     let low = value & 0xf | cpu.st.cr0 & cr0::PE;
-    cpu.write_cr0(cpu.st.cr0 & !0xf | low)?;
+    let value = cpu.st.cr0 & !0xf | low;
+    cpu.intercept(Intercept::Cr { number: 0, value: Some(value) })?;
+    cpu.write_cr0(value)?;
     Err(Leave::Next)
 }
 
@@ -306,6 +314,7 @@ fn invd(cpu: &mut Core, _: &Op) -> Exec {
 
 fn hlt(cpu: &mut Core, _: &Op) -> Exec {
     cpu.privileged()?;
+    cpu.intercept(Intercept::Halt)?;
     cpu.st.events.halted = true;
     Err(Leave::Next)
 }
@@ -313,6 +322,7 @@ fn hlt(cpu: &mut Core, _: &Op) -> Exec {
 fn rdmsr(cpu: &mut Core, _: &Op) -> Exec {
     cpu.privileged()?;
     cpu.need_alone()?;
+    cpu.intercept(Intercept::Msr { index: cpu.st.gpr[1] as u32, write: false })?;
     let Some(value) = cpu.read_msr(cpu.st.gpr[1] as u32) else {
         return cpu.raise(Exception::Gp(0));
     };
@@ -324,6 +334,7 @@ fn rdmsr(cpu: &mut Core, _: &Op) -> Exec {
 fn wrmsr(cpu: &mut Core, _: &Op) -> Exec {
     cpu.privileged()?;
     cpu.need_alone()?;
+    cpu.intercept(Intercept::Msr { index: cpu.st.gpr[1] as u32, write: true })?;
     let value = cpu.reg::<u32>(2) << 32 | cpu.reg::<u32>(0);
     if cpu.write_msr(cpu.st.gpr[1] as u32, value).is_none() {
         return cpu.raise(Exception::Gp(0));
@@ -336,6 +347,7 @@ fn rdtsc<const P: bool>(cpu: &mut Core, _: &Op) -> Exec {
     if cpu.st.cr4 & cr4::TSD != 0 && cpu.cpl() > 0 {
         return cpu.raise(Exception::Gp(0));
     }
+    cpu.intercept(Intercept::Rdtsc { p: P })?;
     let tsc = cpu.tsc();
     cpu.set_reg::<u32>(0, tsc);
     cpu.set_reg::<u32>(2, tsc >> 32);
@@ -359,6 +371,7 @@ fn rdpmc(cpu: &mut Core, _: &Op) -> Exec {
 
 fn cpuid(cpu: &mut Core, _: &Op) -> Exec {
     let leaf = cpu.st.gpr[0] as u32;
+    cpu.intercept(Intercept::Cpuid { leaf })?;
     let osxsave = cpu.st.cr4 & cr4::OSXSAVE != 0;
     let mut entry = cpu.cpuid.execute(leaf, cpu.st.gpr[1] as u32, osxsave);
     if leaf == 1 {
@@ -487,6 +500,7 @@ fn fsgsbase<T: Word, const SEG: usize, const WRITE: bool>(cpu: &mut Core, op: &O
 /// The instruction is complete and the owner is asked.
 fn hypercall(cpu: &mut Core, _: &Op) -> Exec {
     cpu.need_alone()?;
+    cpu.intercept(Intercept::Hypercall)?;
     cpu.trap(Trap::Exit(Exit::Hypercall, true))
 }
 

@@ -7,6 +7,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::{Exec, Handler, Leave, Op};
 use crate::core::Core;
 use crate::exception::Exception;
+use crate::intercept::Intercept;
 use crate::state::{CpuState, X87, cr0, cr4};
 
 /// x87 state component.
@@ -306,6 +307,7 @@ fn xsetbv(cpu: &mut Core, _: &Op) -> Exec {
     if cpu.cpl() != 0 || cpu.st.gpr[1] as u32 != 0 || value & X87_BIT == 0 || value & !COMPONENTS != 0 {
         return cpu.raise(Exception::Gp(0));
     }
+    cpu.intercept(Intercept::Xsetbv)?;
     cpu.st.xcr0 = value;
     Err(Leave::Next)
 }
