@@ -583,6 +583,13 @@ impl Apic {
         register::highest_bit(&self.regs, IRR).filter(|vector| vector >> 4 > self.processor_priority() >> 4)
     }
 
+    /// The highest requested vector, whether or not the processor priority lets it through: what a CPU that keeps the task
+    /// priority itself is waiting for.
+    #[must_use]
+    pub fn requested(&self) -> Option<u8> {
+        register::highest_bit(&self.regs, IRR).filter(|_| self.is_software_enabled())
+    }
+
     /// The CPU takes [`Apic::pending`]: it moves from requested to in service.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.pending()?;
