@@ -436,7 +436,7 @@ mod tests {
         let api = unsafe {
             HvfX86Api::resolve(|name| {
                 let name = name.to_str().unwrap();
-                if HvfX86Api::REQUIRED.contains(&name) { 1 as *const c_void } else { core::ptr::null() }
+                if HvfX86Api::REQUIRED.contains(&name) { core::ptr::dangling() } else { core::ptr::null() }
             })
         };
         assert!(api.unwrap().hv_vcpu_run_until.is_none());
@@ -446,7 +446,7 @@ mod tests {
     fn an_absent_function_has_a_name() {
         // SAFETY: the addresses are never called.
         let api = unsafe {
-            HvfX86Api::resolve(|name| if name == c"hv_vcpu_run" { core::ptr::null() } else { 1 as *const c_void })
+            HvfX86Api::resolve(|name| if name == c"hv_vcpu_run" { core::ptr::null() } else { core::ptr::dangling() })
         };
         assert_eq!(api.unwrap_err(), "hv_vcpu_run");
     }
