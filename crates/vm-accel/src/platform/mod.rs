@@ -10,11 +10,13 @@ pub mod fallback;
 pub mod hvf;
 #[cfg(kvm)]
 pub mod kvm;
+mod slots;
 mod soft_apic;
 #[cfg(vz)]
 pub mod vz;
 #[cfg(any(whpx_x86_64, whpx_aarch64))]
 pub mod whpx;
+mod x86;
 
 use crate::accel::{
     Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags, MsiMessage, ProbeReport,

@@ -49,13 +49,31 @@ impl Signals {
     }
 }
 
+/// What makes a CPU's thread look at its mailbox.
+pub(crate) trait Wake: Send + Sync {
+    /// There is mail: the CPU leaves the guest.
+    fn kick(&self);
+    /// The APIC may have an interrupt for the CPU.
+    fn poll(&self);
+}
+
+impl Wake for vm_accel_softcpu::Kick {
+    fn kick(&self) {
+        vm_accel_softcpu::Kick::kick(self);
+    }
+
+    fn poll(&self) {
+        self.poll_interrupts();
+    }
+}
+
 /// One CPU's local APIC and mailbox.
 pub(crate) struct LocalApic {
     pub(crate) apic: Mutex<Apic>,
     signals: Mutex<Signals>,
     changed: Condvar,
     /// Makes a running CPU look at its mailbox; set when the CPU exists.
-    wake: Mutex<Option<vm_accel_softcpu::Kick>>,
+    wake: Mutex<Option<Arc<dyn Wake>>>,
 }
 
 impl fmt::Debug for LocalApic {
@@ -79,7 +97,7 @@ impl LocalApic {
         Self { apic: Mutex::new(apic), signals: Mutex::default(), changed: Condvar::new(), wake: Mutex::default() }
     }
 
-    pub(crate) fn set_wake(&self, wake: Option<vm_accel_softcpu::Kick>) {
+    pub(crate) fn set_wake(&self, wake: Option<Arc<dyn Wake>>) {
         *lock(&self.wake) = wake;
     }
 
@@ -106,7 +124,7 @@ impl LocalApic {
                 drop(lock(&self.signals));
                 self.changed.notify_all();
                 if let Some(wake) = &*lock(&self.wake) {
-                    wake.poll_interrupts();
+                    wake.poll();
                 }
             }
             Reception::Nmi => {
@@ -149,7 +167,7 @@ impl LocalApic {
 }
 
 /// How long it is to a deadline. At least a microsecond: rounding down would spin.
-fn until(deadline: Deadline, now: Now, tsc_hz: u64) -> Duration {
+pub(crate) fn until(deadline: Deadline, now: Now, tsc_hz: u64) -> Duration {
     let ns = match deadline {
         Deadline::Ns(at) => at.saturating_sub(now.ns),
         Deadline::Tsc(at) => {

@@ -1,7 +1,7 @@
-//! The groups of state of a software vCPU.
+//! The groups of state of a vCPU, over the emulator's state.
 
-use super::vcpu::FallbackVcpu;
-use crate::accel::AccelKind;
+use super::vcpu::SoftVcpu;
+use super::{Engine as _, Groups, Platform};
 use crate::error::{AccelError, RawCode, VcpuResult};
 use crate::macros::struct_map;
 use crate::platform::soft_apic::lock;
@@ -11,12 +11,11 @@ use crate::regs::x86_64::{
     X86Events, X86FpuRegs, X86Msr, X86Sregs, X86Vcpu, Xcr,
 };
 use crate::vcpu_common::VcpuOps as _;
-use vm_accel_softcpu::apic::Now;
 use vm_accel_softcpu::state::{self, seg};
 use vm_accel_softcpu::{CpuState, Exception};
 
 /// Legacy area and header: x87 and SSE are all there is.
-pub(super) const XSAVE_SIZE: usize = FXSAVE_SIZE + 64;
+pub(crate) const XSAVE_SIZE: usize = FXSAVE_SIZE + 64;
 /// XCR0 and XSTATE_BV bits that exist: x87 and SSE.
 const COMPONENTS: u64 = 3;
 
@@ -41,6 +40,8 @@ const MSRS: [u32; 17] = [
     0xc000_0103,
     0x6e0,
 ];
+/// IA32_TIME_STAMP_COUNTER.
+const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE; exists with a local APIC.
 const TSC_DEADLINE: u32 = 0x6e0;
 
@@ -122,37 +123,34 @@ fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
     }
 }
 
-/// A refusal of the software CPU, which has no codes: the errno that hypervisors use.
-fn refused(op: &'static str) -> AccelError {
+/// A refusal of the emulator, which has no codes: the errno that hypervisors use.
+fn refused<P: Platform>(op: &'static str) -> AccelError {
     const EINVAL: i32 = 22;
-    AccelError::Backend { kind: AccelKind::Fallback, op, code: RawCode::Errno(EINVAL) }
+    AccelError::Backend { kind: P::KIND, op, code: RawCode::Errno(EINVAL) }
 }
 
-impl FallbackVcpu {
+impl<P: Platform> SoftVcpu<P> {
     pub(super) fn fpu(&self) -> VcpuResult<FpuRegs> {
+        self.load(Groups::FPU)?;
         Ok(FpuRegs::X86(X86FpuRegs::from_fxsave(&self.cpu.borrow().state().fxsave())))
     }
 
     pub(super) fn set_fpu(&mut self, regs: &FpuRegs) -> VcpuResult<()> {
         let regs = regs.as_x86()?;
         regs.check(0xffff)?;
-        self.change(|state| {
+        self.change(Groups::FPU, |state| {
             let mut image = state.fxsave();
             regs.write_fxsave(&mut image);
-            state.fxrstor(&image).then_some(()).ok_or_else(|| refused("setting the FPU registers"))
+            state.fxrstor(&image).then_some(()).ok_or_else(|| refused::<P>("setting the FPU registers"))
         })
     }
 
-    /// Changes the state; an error must leave it as it was.
-    fn change<T>(&mut self, change: impl FnOnce(&mut CpuState) -> VcpuResult<T>) -> VcpuResult<T> {
+    /// Changes these groups of the state; an error must leave them as they were.
+    fn change<T>(&mut self, groups: Groups, change: impl FnOnce(&mut CpuState) -> VcpuResult<T>) -> VcpuResult<T> {
+        self.load(groups)?;
         let mut result = None;
         self.cpu.get_mut().update(|state| result = Some(change(state)));
-        result.unwrap_or_else(|| Err(refused("changing the state")))
-    }
-
-    fn apic_now(&self) -> Now {
-        let cpu = self.cpu.borrow();
-        Now { ns: u64::try_from(self.vm.config.start.elapsed().as_nanos()).unwrap_or(u64::MAX), tsc: cpu.tsc() }
+        result.unwrap_or_else(|| Err(refused::<P>("changing the state")))
     }
 
     fn need_apic(&self) -> VcpuResult<()> {
@@ -160,22 +158,21 @@ impl FallbackVcpu {
     }
 
     /// The page-directory pointers that a CPU loads with CR3 in PAE mode (Intel SDM vol. 3, 4.4.1).
-    fn page_directory_pointers(&self, sregs: &X86Sregs) -> VcpuResult<[u64; 4]> {
-        let is_pae = sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0;
+    pub(super) fn page_directory_pointers(&self, cr0: u64, cr3: u64, cr4: u64, efer: u64) -> VcpuResult<[u64; 4]> {
+        let is_pae = cr0 & CR0_PG != 0 && cr4 & CR4_PAE != 0 && efer & EFER_LMA == 0;
         let mut bytes = [0; 32];
         if is_pae {
-            let at = sregs.cr3 & 0xffff_ffe0;
-            let slots = lock(&self.vm.slots);
-            if let Some((start, slot)) = slots.range(..=at).next_back() {
-                slot.region.read(at - start, &mut bytes)?;
+            if let Some((region, offset, _)) = self.shared.slots.find(cr3 & 0xffff_ffe0) {
+                region.read(offset, &mut bytes)?;
             }
         }
         Ok(std::array::from_fn(|n| u64::from_le_bytes(std::array::from_fn(|i| bytes[8 * n + i]))))
     }
 }
 
-impl X86Vcpu for FallbackVcpu {
+impl<P: Platform> X86Vcpu for SoftVcpu<P> {
     fn get_sregs(&self) -> VcpuResult<X86Sregs> {
+        self.load(Groups::SYSTEM)?;
         let mut cpu = self.cpu.borrow_mut();
         let cr8 = cpu.bus_mut().cr8();
         let state = cpu.state();
@@ -204,14 +201,14 @@ impl X86Vcpu for FallbackVcpu {
         let needs = (sregs.cr0 & cr0::PG == 0 || sregs.cr0 & cr0::PE != 0)
             && (long & efer::LMA == 0 || long & efer::LME != 0 && sregs.cr4 & cr4::PAE != 0);
         if unknown != 0 || !needs {
-            return Err(refused("setting the special registers"));
+            return Err(refused::<P>("setting the special registers"));
         }
         if self.has_apic && lock(&self.apic.apic).base() != sregs.apic_base {
-            lock(&self.apic.apic).restore_base(sregs.apic_base).map_err(|_| refused("setting the APIC base"))?;
+            lock(&self.apic.apic).restore_base(sregs.apic_base).map_err(|_| refused::<P>("setting the APIC base"))?;
         }
-        let pdpte = self.page_directory_pointers(sregs)?;
+        let pdpte = self.page_directory_pointers(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)?;
         self.cpu.get_mut().bus_mut().set_cr8(sregs.cr8 as u8 & 15);
-        self.change(|state| {
+        self.change(Groups::SYSTEM, |state| {
             each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; set!(sregs, state));
             state.tr = (&sregs.tr).into();
             state.ldtr = (&sregs.ldt).into();
@@ -227,39 +224,43 @@ impl X86Vcpu for FallbackVcpu {
     }
 
     fn msr_indices(&self) -> VcpuResult<Vec<u32>> {
-        Ok(MSRS.into_iter().filter(|index| self.has_apic || *index != TSC_DEADLINE).collect())
+        Ok(MSRS
+            .into_iter()
+            .filter(|index| *index != TSC_DEADLINE || self.has_apic && self.shared.features.tsc_deadline)
+            .collect())
     }
 
     fn get_msrs(&self, indices: &[u32]) -> VcpuResult<Vec<X86Msr>> {
-        let mut cpu = self.cpu.borrow_mut();
+        self.load(Groups::SYSTEM | Groups::MSR)?;
         let read = |(done, &index): (usize, &u32)| {
-            let failed = AccelError::Msr { kind: AccelKind::Fallback, op: "get_msrs", index, done };
-            cpu.msr(index).map(|value| X86Msr { index, value }).ok_or(failed)
+            let failed = AccelError::Msr { kind: P::KIND, op: "get_msrs", index, done };
+            let value = if index == TSC { Some(self.get_tsc()?) } else { self.cpu.borrow_mut().msr(index) };
+            value.map(|value| X86Msr { index, value }).ok_or(failed)
         };
         indices.iter().enumerate().map(read).collect()
     }
 
     fn set_msrs(&mut self, msrs: &[X86Msr]) -> VcpuResult<()> {
         const EFER: u32 = 0xc000_0080;
+        self.load(Groups::SYSTEM | Groups::MSR)?;
         for (done, &X86Msr { index, value }) in msrs.iter().enumerate() {
             // WRMSR cannot set LMA, which a restored state has.
             let is_set = index == EFER && self.cpu.get_mut().state().msr.efer == value
+                || index == TSC && self.engine.set_tsc(value)?
                 || self.cpu.get_mut().set_msr(index, value);
             if !is_set {
-                return Err(AccelError::Msr { kind: AccelKind::Fallback, op: "set_msrs", index, done });
+                return Err(AccelError::Msr { kind: P::KIND, op: "set_msrs", index, done });
             }
         }
         Ok(())
     }
 
     fn supported_cpuid(&self) -> VcpuResult<Vec<CpuidEntry>> {
-        let config = self.vm.config;
-        let fresh = vm_accel_softcpu::Cpu::new(
-            self.get_id(),
-            config,
-            vm_accel_softcpu::Ram::new(),
-            Box::new(vm_accel_softcpu::NoBus),
-        );
+        let nothing = (vm_accel_softcpu::Ram::new(), Box::new(vm_accel_softcpu::NoBus));
+        let mut fresh = vm_accel_softcpu::Cpu::new(self.get_id(), self.shared.config, nothing.0, nothing.1);
+        if let Some(cpuid) = &self.shared.cpuid {
+            fresh.set_cpuid(cpuid);
+        }
         Ok(fresh.cpuid().iter().map(cpuid_entry).collect())
     }
 
@@ -288,6 +289,7 @@ impl X86Vcpu for FallbackVcpu {
     }
 
     fn get_xsave(&self) -> VcpuResult<Vec<u8>> {
+        self.load(Groups::FPU)?;
         let mut area = vec![0; XSAVE_SIZE];
         area[..FXSAVE_SIZE].copy_from_slice(&self.cpu.borrow().state().fxsave());
         area[FXSAVE_SIZE..FXSAVE_SIZE + 8].copy_from_slice(&COMPONENTS.to_le_bytes());
@@ -302,27 +304,29 @@ impl X86Vcpu for FallbackVcpu {
         // The header: components in use, then the compaction word and reserved bytes, which must be 0 (SDM vol. 1, 13.8).
         let (in_use, rest) = area[FXSAVE_SIZE..].split_at(8);
         if in_use[0] & !(COMPONENTS as u8) != 0 || in_use[1..].iter().chain(rest).any(|byte| *byte != 0) {
-            return Err(refused("setting the XSAVE area"));
+            return Err(refused::<P>("setting the XSAVE area"));
         }
         let regs = X86FpuRegs::from_xsave(area)?;
         self.set_fpu(&FpuRegs::X86(regs))
     }
 
     fn get_xcrs(&self) -> VcpuResult<Vec<Xcr>> {
+        self.load(Groups::FPU)?;
         Ok(vec![Xcr { index: 0, value: self.cpu.borrow().state().xcr0 }])
     }
 
     fn set_xcrs(&mut self, xcrs: &[Xcr]) -> VcpuResult<()> {
         if xcrs.iter().any(|xcr| xcr.index != 0 || xcr.value & 1 == 0 || xcr.value & !COMPONENTS != 0) {
-            return Err(refused("setting XCR0"));
+            return Err(refused::<P>("setting XCR0"));
         }
-        self.change(|state| {
+        self.change(Groups::FPU, |state| {
             state.xcr0 = xcrs.last().map_or(state.xcr0, |xcr| xcr.value);
             Ok(())
         })
     }
 
     fn get_debug_regs(&self) -> VcpuResult<X86DebugRegs> {
+        self.load(Groups::DEBUG)?;
         let cpu = self.cpu.borrow();
         let state = cpu.state();
         Ok(X86DebugRegs { db: state.dr, dr6: state.dr6, dr7: state.dr7 })
@@ -330,15 +334,16 @@ impl X86Vcpu for FallbackVcpu {
 
     fn set_debug_regs(&mut self, regs: &X86DebugRegs) -> VcpuResult<()> {
         if (regs.dr6 | regs.dr7) >> 32 != 0 {
-            return Err(refused("setting the debug registers"));
+            return Err(refused::<P>("setting the debug registers"));
         }
-        self.change(|state| {
+        self.change(Groups::DEBUG, |state| {
             (state.dr, state.dr6, state.dr7) = (regs.db, regs.dr6, regs.dr7);
             Ok(())
         })
     }
 
     fn get_events(&self) -> VcpuResult<X86Events> {
+        self.load(Groups::EVENTS)?;
         let cpu = self.cpu.borrow();
         let events = &cpu.state().events;
         Ok(X86Events {
@@ -364,6 +369,7 @@ impl X86Vcpu for FallbackVcpu {
         if events.smm {
             return Err(self.unsupported("system-management mode"));
         }
+        self.load(Groups::SYSTEM)?;
         let vector = events.exception_injected.or(events.exception_pending);
         let exception = match vector {
             None => None,
@@ -376,7 +382,7 @@ impl X86Vcpu for FallbackVcpu {
                 Some(found.ok_or_else(|| AccelError::invalid("exception", format!("{vector} is none of this CPU's")))?)
             }
         };
-        self.change(|state| {
+        self.change(Groups::EVENTS, |state| {
             state.events.exception = exception;
             state.events.interrupt = events.interrupt_injected;
             state.events.nmi = events.nmi_pending || events.nmi_injected;
@@ -390,13 +396,13 @@ impl X86Vcpu for FallbackVcpu {
 
     fn get_lapic(&self) -> VcpuResult<LapicState> {
         self.need_apic()?;
-        let now = self.apic_now();
+        let now = self.now();
         Ok(LapicState { regs: lock(&self.apic.apic).page(now) })
     }
 
     fn set_lapic(&mut self, lapic: &LapicState) -> VcpuResult<()> {
         self.need_apic()?;
-        let now = self.apic_now();
+        let now = self.now();
         lock(&self.apic.apic).set_page(&lapic.regs, now);
         Ok(())
     }
@@ -416,7 +422,7 @@ impl X86Vcpu for FallbackVcpu {
             MpState::SipiReceived => return Err(self.unsupported("an MP state between start-up and running")),
         };
         self.mp_state = ours;
-        self.change(|state| {
+        self.change(Groups::empty(), |state| {
             state.events.halted = halted;
             Ok(())
         })
@@ -431,26 +437,29 @@ impl X86Vcpu for FallbackVcpu {
     }
 
     fn get_tsc(&self) -> VcpuResult<u64> {
-        Ok(self.cpu.borrow().tsc())
+        Ok(self.engine.tsc()?.unwrap_or_else(|| self.cpu.borrow().tsc()))
     }
 
     fn set_tsc(&mut self, value: u64) -> VcpuResult<()> {
-        self.cpu.get_mut().set_tsc(value);
+        if !self.engine.set_tsc(value)? {
+            self.cpu.get_mut().set_tsc(value);
+        }
         Ok(())
     }
 
     fn inject_interrupt(&mut self, vector: u8) -> VcpuResult<()> {
-        if self.cpu.get_mut().can_take_interrupt() && self.cpu.get_mut().inject_interrupt(vector) {
+        if self.can_take_interrupt()? && self.cpu.get_mut().inject_interrupt(vector) {
             return Ok(());
         }
         Err(AccelError::invalid("interrupt", "the guest cannot take one now; ask for an interrupt window"))
     }
 
     fn ready_for_interrupt(&self) -> VcpuResult<bool> {
-        Ok(self.cpu.borrow().can_take_interrupt())
+        self.can_take_interrupt()
     }
 
     fn request_interrupt_window(&mut self, wanted: bool) -> VcpuResult<()> {
+        self.window = wanted;
         self.cpu.get_mut().request_interrupt_window(wanted);
         Ok(())
     }
@@ -461,6 +470,7 @@ impl X86Vcpu for FallbackVcpu {
     }
 
     fn translate(&self, linear: u64) -> VcpuResult<Option<u64>> {
+        self.load(Groups::SYSTEM)?;
         Ok(self.cpu.borrow_mut().translate(linear))
     }
 

@@ -1,0 +1,199 @@
+//! The table of memory mappings of one virtual machine, for platforms that keep none themselves.
+//!
+//! What every backend must refuse is refused here, before the platform sees it; what the platform does with a mapping is
+//! its [`Mapper`]. A call that fails leaves table and platform as they were.
+
+use super::soft_apic::lock;
+use crate::accel::{AccelKind, MemoryFlags};
+use crate::error::{AccelError, VcpuResult};
+use crate::memory::{DirtyBitmap, GuestRegion};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard};
+
+/// What a platform does with mappings; addresses and flags were checked.
+pub(crate) trait Mapper: fmt::Debug + Send + Sync {
+    /// What must live as long as a mapping.
+    type Hold: fmt::Debug + Send + Sync;
+
+    /// Maps a region where nothing is mapped.
+    fn map(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<Self::Hold>;
+
+    /// Removes a mapping of `size` bytes; after that the platform does not touch its host memory.
+    fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()>;
+
+    /// Changes whether a mapping's writes are logged, its rights stay as they are. The log starts clean.
+    fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()>;
+
+    /// Takes the guest's part of the dirty log: one bit per page of the platform.
+    fn take_dirty(&self, gpa: u64, size: u64) -> VcpuResult<Vec<u64>>;
+}
+
+/// What a platform asks of mappings.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    pub(crate) kind: AccelKind,
+    pub(crate) page: u64,
+    pub(crate) address_bits: u8,
+    pub(crate) most: u32,
+    /// Memory can be mapped that the guest may not execute.
+    pub(crate) no_execute: bool,
+}
+
+#[derive(Debug)]
+struct Slot<H> {
+    region: GuestRegion,
+    flags: MemoryFlags,
+    _hold: H,
+}
+
+/// The mappings, and the platform behind them.
+#[derive(Debug)]
+pub(crate) struct Slots<M: Mapper> {
+    pub(crate) mapper: M,
+    rules: Rules,
+    map: Mutex<BTreeMap<u64, Slot<M::Hold>>>,
+}
+
+fn no_mapping(gpa: u64) -> AccelError {
+    AccelError::invalid("guest physical address", format!("no mapping starts at {gpa:#x}"))
+}
+
+impl<M: Mapper> Slots<M> {
+    pub(crate) fn new(mapper: M, rules: Rules) -> Self {
+        Self { mapper, rules, map: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Slot<M::Hold>>> {
+        lock(&self.map)
+    }
+
+    /// Checks what can be checked without looking at other mappings.
+    fn check(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        let (size, Rules { page, address_bits, .. }) = (region.size(), self.rules);
+        let bad = |why: String| Err(AccelError::invalid("mapping", format!("{size:#x} bytes at {gpa:#x}: {why}")));
+        if (gpa | size) % page != 0 {
+            return bad(format!("address and size must be multiples of the page size {page:#x}"));
+        }
+        if gpa.checked_add(size).is_none_or(|end| end > 1 << address_bits) {
+            return bad(format!("guest physical addresses have {address_bits} bits here"));
+        }
+        if !flags.contains(MemoryFlags::READ) {
+            return bad("memory must be readable".into());
+        }
+        if !flags.contains(MemoryFlags::EXECUTE) && !self.rules.no_execute {
+            return Err(AccelError::Unsupported {
+                kind: Some(self.rules.kind),
+                what: "memory that the guest cannot execute",
+            });
+        }
+        if flags.contains(MemoryFlags::WRITE) && !region.is_writable() {
+            return bad("the host memory is read-only".into());
+        }
+        Ok(())
+    }
+
+    fn slot(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<Slot<M::Hold>> {
+        let hold = self.mapper.map(gpa, region, flags)?;
+        if flags.contains(MemoryFlags::LOG_DIRTY) {
+            // Never off again: another mapping of the same region may still be logged.
+            region.track_dirty(true);
+        }
+        Ok(Slot { region: region.clone(), flags, _hold: hold })
+    }
+
+    /// See [`Accel::map_memory`](crate::Accel::map_memory).
+    pub(crate) fn map(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.check(gpa, region, flags)?;
+        let mut map = self.lock();
+        if map.len() >= self.rules.most as usize {
+            return Err(AccelError::invalid("mapping", format!("all {} memory slots are in use", map.len())));
+        }
+        let (size, end) = (region.size(), gpa + region.size());
+        // The last one that starts below the end is the only one that can reach into the range.
+        if map.range(..end).next_back().is_some_and(|(at, slot)| at + slot.region.size() > gpa) {
+            let why = format!("{size:#x} bytes at {gpa:#x}: overlaps another mapping");
+            return Err(AccelError::invalid("mapping", why));
+        }
+        let slot = self.slot(gpa, region, flags)?;
+        map.insert(gpa, slot);
+        Ok(())
+    }
+
+    /// See [`Accel::unmap_memory`](crate::Accel::unmap_memory).
+    pub(crate) fn unmap(&self, gpa: u64) -> VcpuResult<()> {
+        let mut map = self.lock();
+        let size = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?.region.size();
+        self.mapper.unmap(gpa, size)?;
+        map.remove(&gpa);
+        Ok(())
+    }
+
+    /// Puts another mapping in the place of one; vCPUs that run meanwhile may see the range unmapped for a moment. Where the
+    /// platform refuses the new one the old one is put back.
+    pub(crate) fn remap(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.check(gpa, region, flags)?;
+        let mut map = self.lock();
+        let old = map.get_mut(&gpa).ok_or_else(|| no_mapping(gpa))?;
+        if old.region.size() != region.size() {
+            let (new, old) = (region.size(), old.region.size());
+            return Err(AccelError::invalid("mapping", format!("{gpa:#x}: {new:#x} bytes cannot replace {old:#x}")));
+        }
+        self.mapper.unmap(gpa, region.size())?;
+        match self.slot(gpa, region, flags) {
+            Ok(new) => *old = new,
+            Err(why) => {
+                match self.slot(gpa, &old.region.clone(), old.flags) {
+                    Ok(back) => *old = back,
+                    Err(_) => drop(map.remove(&gpa)),
+                }
+                return Err(why);
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`Accel::protect_memory`](crate::Accel::protect_memory).
+    pub(crate) fn protect(&self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
+        let (region, old) = {
+            let map = self.lock();
+            let slot = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?;
+            (slot.region.clone(), slot.flags)
+        };
+        if (old ^ flags).intersects(MemoryFlags::WRITE | MemoryFlags::EXECUTE) {
+            return self.remap(gpa, &region, flags);
+        }
+        self.check(gpa, &region, flags)?;
+        if flags.contains(MemoryFlags::LOG_DIRTY) {
+            region.track_dirty(true);
+        }
+        self.mapper.log_dirty(gpa, &region, flags)?;
+        if let Some(slot) = self.lock().get_mut(&gpa) {
+            slot.flags = flags;
+        }
+        Ok(())
+    }
+
+    /// See [`Accel::take_dirty`](crate::Accel::take_dirty).
+    pub(crate) fn take_dirty(&self, gpa: u64) -> VcpuResult<DirtyBitmap> {
+        let map = self.lock();
+        let slot = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?;
+        if !slot.flags.contains(MemoryFlags::LOG_DIRTY) {
+            return Err(AccelError::invalid(
+                "guest physical address",
+                format!("the mapping at {gpa:#x} is not logged"),
+            ));
+        }
+        let words = self.mapper.take_dirty(gpa, slot.region.size())?;
+        let mut dirty = DirtyBitmap::from_log(gpa, slot.region.size(), &words, self.rules.page)?;
+        dirty.union(&slot.region.take_host_dirty().with_base(gpa)?)?;
+        Ok(dirty)
+    }
+
+    /// The mapping that holds an address: region, offset in it, what the guest may do.
+    pub(crate) fn find(&self, gpa: u64) -> Option<(GuestRegion, u64, MemoryFlags)> {
+        let map = self.lock();
+        let (at, slot) = map.range(..=gpa).next_back()?;
+        (gpa - at < slot.region.size()).then(|| (slot.region.clone(), gpa - at, slot.flags))
+    }
+}

@@ -1,0 +1,287 @@
+//! One virtual machine: its memory, its interrupt fabric, its doorbells. [`Machine`] is the whole of
+//! [`Accel`] for every [`Platform`]; what a backend adds is its type's name.
+
+use super::vcpu::SoftVcpu;
+use super::{Platform, gate::Alarm};
+use crate::accel::{
+    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags, MsiMessage,
+};
+use crate::error::{AccelError, VcpuResult};
+use crate::event::HostEvent;
+use crate::memory::{DirtyBitmap, GuestRegion};
+use crate::platform::slots::{Mapper, Rules, Slots};
+use crate::platform::soft_apic::{Fabric, lock};
+use crate::vcpu_common::VcpuOps;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
+use vm_accel_softcpu::apic::{Features, Message};
+use vm_accel_softcpu::{Config, CpuidEntry, Ram, RamError, TscMode};
+
+/// Pages of the software CPU, whatever the host's are.
+pub(crate) const PAGE: u64 = 4096;
+
+/// What a machine and its vCPUs share.
+#[derive(Debug)]
+pub(crate) struct Shared<P: Platform> {
+    pub(crate) ram: Arc<Ram>,
+    pub(crate) slots: Slots<Memory<P>>,
+    pub(super) fabric: Arc<Fabric>,
+    irqchip: Mutex<IrqChip>,
+    ids: Mutex<HashSet<u32>>,
+    pub(super) config: Config,
+    pub(super) features: Features,
+    pub(super) caps: Capabilities,
+    /// What CPUID answers unless the VMM says otherwise; `None` for all that the software CPU has.
+    pub(super) cpuid: Option<Vec<CpuidEntry>>,
+    pub(super) alarm: Arc<Alarm>,
+    doorbells: RwLock<Vec<(IoEventMatch, HostEvent)>>,
+}
+
+/// Memory as the emulator and the platform have it.
+#[derive(Debug)]
+pub(crate) struct Memory<P> {
+    ram: Arc<Ram>,
+    pub(crate) platform: P,
+}
+
+impl<P: Platform> Mapper for Memory<P> {
+    type Hold = P::Hold;
+
+    fn map(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<P::Hold> {
+        let size = region.size();
+        let writable = flags.contains(MemoryFlags::WRITE);
+        let owner = Arc::new(region.clone());
+        // SAFETY: the pointer is good for `size` bytes as long as a clone of the region lives, and `owner` is one; for
+        // writes too if `writable`, which `Slots` allows only for such regions. Guest memory is never a Rust reference.
+        let mapped = unsafe { self.ram.map(gpa, region.as_ptr(), size, writable, owner) };
+        mapped.map_err(|why| AccelError::invalid("mapping", format!("{size:#x} bytes at {gpa:#x}: {why}")))?;
+        self.ram.set_dirty_log(gpa, flags.contains(MemoryFlags::LOG_DIRTY)).map_err(unmapped)?;
+        let hold = self.platform.map(&self.ram, gpa, region, flags);
+        if hold.is_err() {
+            self.ram.unmap(gpa).map_err(unmapped)?;
+        }
+        hold
+    }
+
+    fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()> {
+        self.platform.unmap(gpa, size)?;
+        self.ram.unmap(gpa).map_err(unmapped)
+    }
+
+    fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.platform.log_dirty(gpa, region, flags)?;
+        self.ram.set_dirty_log(gpa, flags.contains(MemoryFlags::LOG_DIRTY)).map_err(unmapped)
+    }
+
+    fn take_dirty(&self, gpa: u64, size: u64) -> VcpuResult<Vec<u64>> {
+        let mut words = self.ram.take_dirty_log(gpa).map_err(unmapped)?;
+        self.platform.take_dirty(gpa, size, &mut words)?;
+        Ok(words)
+    }
+}
+
+fn unmapped(why: RamError) -> AccelError {
+    AccelError::invalid("mapping", why.to_string())
+}
+
+impl<P: Platform> Shared<P> {
+    pub(super) fn has_local_apics(&self) -> bool {
+        *lock(&self.irqchip) != IrqChip::None
+    }
+
+    pub(crate) fn platform(&self) -> &P {
+        &self.slots.mapper.platform
+    }
+
+    /// Signals the events that a write is bound to. False if there is none: the VMM must see the write.
+    pub(super) fn ring(&self, address: IoAddress, data: &[u8]) -> VcpuResult<bool> {
+        let mut bytes = [0; 8];
+        bytes[..data.len()].copy_from_slice(data);
+        let value = u64::from_le_bytes(bytes);
+        let doorbells = self.doorbells.read().unwrap_or_else(PoisonError::into_inner);
+        let mut rung = false;
+        for (on, event) in doorbells.iter() {
+            let is_size = on.size == 0 || usize::from(on.size) == data.len();
+            if on.address == address && is_size && on.value.is_none_or(|wanted| wanted == value) {
+                event.signal()?;
+                rung = true;
+            }
+        }
+        Ok(rung)
+    }
+}
+
+impl<P: Platform> IrqSink for Shared<P> {
+    fn set_line(&self, _: u32, _: bool) -> VcpuResult<()> {
+        Err(AccelError::Unsupported { kind: Some(P::KIND), what: "an interrupt line: the I/O APIC is the VMM's" })
+    }
+
+    fn signal_msi(&self, msi: MsiMessage) -> VcpuResult<()> {
+        self.fabric.deliver(&Message::from_msi(msi.address, msi.data));
+        Ok(())
+    }
+}
+
+/// One virtual machine. The field is behind an `Arc` because vCPUs keep the machine alive.
+#[derive(Debug)]
+pub(crate) struct Machine<P: Platform>(pub(crate) Arc<Shared<P>>);
+
+impl<P: Platform> Machine<P> {
+    /// A machine on a platform that was set up. `tsc_hz` is the frequency of the guests' time-stamp counter, if the platform
+    /// has one of its own; the local APICs then have no TSC-deadline timer, which would need its value at every look.
+    pub(crate) fn new(platform: P, caps: Capabilities, cpuid: Option<Vec<CpuidEntry>>, tsc_hz: Option<u64>) -> Self {
+        let ram = Ram::new();
+        let rules = Rules {
+            kind: P::KIND,
+            page: caps.page_size,
+            address_bits: caps.guest_phys_bits,
+            most: caps.max_memory_slots,
+            no_execute: false,
+        };
+        let default = Config::default();
+        Self(Arc::new(Shared {
+            slots: Slots::new(Memory { ram: Arc::clone(&ram), platform }, rules),
+            ram,
+            fabric: Arc::default(),
+            irqchip: Mutex::default(),
+            ids: Mutex::default(),
+            config: Config { start: Instant::now(), tsc: tsc_hz.map_or(default.tsc, TscMode::Host) },
+            features: Features {
+                physical_bits: caps.guest_phys_bits,
+                tsc_deadline: tsc_hz.is_none(),
+                ..Features::default()
+            },
+            caps,
+            cpuid,
+            alarm: Arc::default(),
+            doorbells: RwLock::default(),
+        }))
+    }
+
+    /// Where the list keeps what is bound to exactly these writes.
+    fn doorbell(list: &[(IoEventMatch, HostEvent)], on: IoEventMatch) -> Option<usize> {
+        list.iter().position(|(other, _)| *other == on)
+    }
+}
+
+impl<P: Platform> Accel for Machine<P> {
+    fn kind(&self) -> AccelKind {
+        P::KIND
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.0.caps
+    }
+
+    fn create_vcpu(&mut self, id: u32) -> VcpuResult<Box<dyn VcpuOps>> {
+        let most = self.0.caps.max_vcpu_id;
+        if id >= most {
+            return Err(AccelError::invalid("vCPU id", format!("{id} is not below {most}")));
+        }
+        if lock(&self.0.ids).contains(&id) {
+            return Err(AccelError::invalid("vCPU id", format!("{id} exists already")));
+        }
+        let vcpu = SoftVcpu::new(&self.0, id, P::engine(&self.0, id)?);
+        lock(&self.0.ids).insert(id);
+        Ok(Box::new(vcpu))
+    }
+
+    fn map_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.0.slots.map(gpa, region, flags)
+    }
+
+    fn unmap_memory(&mut self, gpa: u64) -> VcpuResult<()> {
+        self.0.slots.unmap(gpa)
+    }
+
+    fn remap_memory(&mut self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.0.slots.remap(gpa, region, flags)
+    }
+
+    fn protect_memory(&mut self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
+        self.0.slots.protect(gpa, flags)
+    }
+
+    fn take_dirty(&mut self, gpa: u64) -> VcpuResult<DirtyBitmap> {
+        self.0.slots.take_dirty(gpa)
+    }
+
+    fn create_irqchip(&mut self, chip: IrqChip) -> VcpuResult<()> {
+        if !lock(&self.0.ids).is_empty() {
+            return Err(AccelError::invalid("interrupt controller", "vCPUs exist already"));
+        }
+        let mut current = lock(&self.0.irqchip);
+        match (chip, *current) {
+            (IrqChip::None, _) => {}
+            (IrqChip::Kernel, _) => return Err(self.unsupported("an interrupt controller in the platform")),
+            (IrqChip::Split, IrqChip::None) => *current = chip,
+            (IrqChip::Split, _) => {
+                return Err(AccelError::invalid("interrupt controller", "there is one already"));
+            }
+        }
+        Ok(())
+    }
+
+    fn irq_handle(&self) -> VcpuResult<IrqHandle> {
+        if !self.0.has_local_apics() {
+            return Err(self.unsupported("raising interrupts without an interrupt controller"));
+        }
+        Ok(IrqHandle::new(Arc::clone(&self.0) as Arc<dyn IrqSink>))
+    }
+
+    fn register_ioevent(&mut self, event: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
+        let widest = if matches!(on.address, IoAddress::Pio(_)) { 4 } else { 8 };
+        if on.size > widest || !(on.size == 0 || on.size.is_power_of_two()) || on.size == 0 && on.value.is_some() {
+            return Err(AccelError::invalid("I/O event", format!("{on:x?}: no such access")));
+        }
+        let mut doorbells = self.0.doorbells.write().unwrap_or_else(PoisonError::into_inner);
+        if Self::doorbell(&doorbells, on).is_some() {
+            return Err(AccelError::invalid("I/O event", format!("{on:x?} is registered already")));
+        }
+        doorbells.push((on, event.clone()));
+        Ok(())
+    }
+
+    fn unregister_ioevent(&mut self, _: &HostEvent, on: IoEventMatch) -> VcpuResult<()> {
+        let mut doorbells = self.0.doorbells.write().unwrap_or_else(PoisonError::into_inner);
+        let at = Self::doorbell(&doorbells, on)
+            .ok_or_else(|| AccelError::invalid("I/O event", format!("{on:x?} is not registered")))?;
+        doorbells.swap_remove(at);
+        Ok(())
+    }
+}
+
+/// Implements [`Accel`] for a backend whose field `machine` is a [`Machine`].
+macro_rules! impl_accel {
+    ($Backend:ty) => {
+        $crate::platform::x86::machine::impl_accel! { $Backend;
+            map_memory(gpa: u64, region: &$crate::GuestRegion, flags: $crate::MemoryFlags) -> ();
+            unmap_memory(gpa: u64) -> ();
+            remap_memory(gpa: u64, region: &$crate::GuestRegion, flags: $crate::MemoryFlags) -> ();
+            protect_memory(gpa: u64, flags: $crate::MemoryFlags) -> ();
+            take_dirty(gpa: u64) -> $crate::DirtyBitmap;
+            create_irqchip(chip: $crate::IrqChip) -> ();
+            register_ioevent(event: &$crate::HostEvent, on: $crate::IoEventMatch) -> ();
+            unregister_ioevent(event: &$crate::HostEvent, on: $crate::IoEventMatch) -> ();
+            create_vcpu(id: u32) -> ::std::boxed::Box<dyn $crate::VcpuOps>;
+        }
+    };
+    ($Backend:ty; $($method:ident($($arg:ident: $Arg:ty),*) -> $Ret:ty;)*) => {
+        impl $crate::Accel for $Backend {
+            fn kind(&self) -> $crate::AccelKind {
+                self.machine.kind()
+            }
+            fn capabilities(&self) -> &$crate::Capabilities {
+                self.machine.capabilities()
+            }
+            fn irq_handle(&self) -> $crate::VcpuResult<$crate::IrqHandle> {
+                self.machine.irq_handle()
+            }
+            $(fn $method(&mut self, $($arg: $Arg),*) -> $crate::VcpuResult<$Ret> {
+                self.machine.$method($($arg),*)
+            })*
+        }
+    };
+}
+pub(crate) use impl_accel;

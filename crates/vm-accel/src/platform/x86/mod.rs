@@ -1,0 +1,196 @@
+//! x86-64 virtual machines on everything that is not KVM: the software CPU, and hypervisors that hand unfinished
+//! instructions over (HVF, WHPX).
+//!
+//! A vCPU ([`vcpu::SoftVcpu`]) always has a CPU of `vm-accel-softcpu`. On the fallback that CPU runs the guest. On a
+//! hypervisor it *completes*: what the platform leaves undone (port and device accesses of any instruction, writes to
+//! read-only memory, CPUID, MSRs) it executes on the registers that the platform held, and they go back before the next
+//! entry. So the completion protocol, exceptions of such instructions, and the local APIC are the same code everywhere,
+//! and a platform's part is an [`Engine`]: enter the guest, move registers.
+
+pub(super) mod bus;
+pub(super) mod gate;
+pub(super) mod machine;
+mod state;
+pub(super) mod vcpu;
+
+pub(super) use machine::{Machine, Shared};
+pub(super) use state::XSAVE_SIZE;
+
+use crate::accel::{AccelKind, MemoryFlags};
+use crate::error::VcpuResult;
+use crate::memory::GuestRegion;
+use crate::vcpu_common::{GuestDebug, VcpuExit};
+use std::sync::Arc;
+use vm_accel_softcpu::{Cpu, CpuState, Exit, Ram};
+
+bitflags::bitflags! {
+    /// Parts of [`CpuState`] that move together.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) struct Groups: u8 {
+        /// `gpr[..16]`, `rip`, `rflags`.
+        const GPR = 1;
+        /// `segs[..6]`, `ldtr`, `tr`, `gdtr`, `idtr`, `cr0`, `cr2`, `cr3`, `cr4`, `msr.efer`. Needs GPR.
+        const SYSTEM = 2;
+        /// The rest of `msr`, as far as the platform has them.
+        const MSR = 4;
+        /// `x87`, `xmm`, `mxcsr`, `xcr0`.
+        const FPU = 8;
+        /// `dr`, `dr6`, `dr7`.
+        const DEBUG = 16;
+        /// `events`: `exception`, `interrupt` and `nmi` that the platform has in delivery (it delivers them at the next entry), and
+        /// what holds interrupts back. `halted` and `shutdown` are never the platform's.
+        const EVENTS = 32;
+    }
+}
+
+impl Groups {
+    /// Copies these groups. `nmi` is joined: one may wait that the platform has not got.
+    fn copy(self, from: &CpuState, to: &mut CpuState) {
+        if self.contains(Self::GPR) {
+            to.gpr[..16].copy_from_slice(&from.gpr[..16]);
+            (to.rip, to.rflags) = (from.rip, from.rflags);
+        }
+        if self.contains(Self::SYSTEM) {
+            to.segs[..6].copy_from_slice(&from.segs[..6]);
+            (to.ldtr, to.tr, to.gdtr, to.idtr) = (from.ldtr, from.tr, from.gdtr, from.idtr);
+            (to.cr0, to.cr2, to.cr3, to.cr4) = (from.cr0, from.cr2, from.cr3, from.cr4);
+            to.msr.efer = from.msr.efer;
+        }
+        if self.contains(Self::MSR) {
+            let efer = to.msr.efer;
+            to.msr = from.msr;
+            to.msr.efer = efer;
+        }
+        if self.contains(Self::FPU) {
+            (to.x87, to.xmm, to.mxcsr, to.xcr0) = (from.x87, from.xmm, from.mxcsr, from.xcr0);
+        }
+        if self.contains(Self::DEBUG) {
+            (to.dr, to.dr6, to.dr7) = (from.dr, from.dr6, from.dr7);
+        }
+        if self.contains(Self::EVENTS) {
+            let (from, to) = (&from.events, &mut to.events);
+            (to.exception, to.interrupt) = (from.exception, from.interrupt);
+            (to.nmi_blocked, to.sti_shadow, to.mov_ss_shadow) = (from.nmi_blocked, from.sti_shadow, from.mov_ss_shadow);
+            to.nmi |= from.nmi;
+        }
+    }
+}
+
+/// What an entry is to do besides running.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Order {
+    /// Leave with [`Left::Again`] when an external interrupt of a priority class above this task priority class could be
+    /// taken: the highest requested class. Class 0 stands for "whatever the task priority is".
+    pub(crate) window: Option<u8>,
+    /// Leave with [`Left::Again`] when a non-maskable interrupt could be taken.
+    pub(crate) nmi_window: bool,
+    /// The local APIC's task priority class, which the guest may have in CR8.
+    pub(crate) cr8: u8,
+    /// IA32_APIC_BASE.
+    pub(crate) apic_base: u64,
+}
+
+/// How the guest was left.
+#[derive(Debug, Clone, Copy)]
+#[allow(dead_code, reason = "hosts without a hypervisor of this kind have the fallback only")]
+pub(crate) enum Left {
+    /// The CPU of the emulator tells why; an [`Exit::Halted`] of a platform stands behind its HLT.
+    Exit(Exit),
+    /// The instruction at RIP is to be executed by the emulator, which needs these groups besides GPR, SYSTEM and EVENTS.
+    Emulate(Groups),
+    /// Nobody need know of it: a cancellation, a spurious exit.
+    Again,
+    /// An exit that the platform alone knows.
+    Other(VcpuExit),
+}
+
+/// One virtual CPU of a platform.
+///
+/// Who saves what when: after [`enter`](Engine::enter) everything is the platform's. [`load`](Engine::load) is called for groups
+/// that somebody asks for, once each; before the next entry [`store`](Engine::store) gets, for the groups that were loaded,
+/// what was loaded and what it is now, and writes the difference. Nothing is written that was not read or that did not
+/// change.
+pub(crate) trait Engine: Send {
+    /// The guest's state is the emulator's own: nothing is loaded or stored.
+    const IN_PLACE: bool = false;
+
+    /// Reads groups from the platform. `into` holds what was last loaded or stored: fields that the platform lacks stay.
+    /// RIP and RFLAGS must be those with which the guest would go on.
+    fn load(&self, groups: Groups, into: &mut CpuState) -> VcpuResult<()>;
+
+    /// Writes what differs between `old`, which the platform holds, and `new`. A new `events.interrupt` or `events.nmi` is
+    /// to be delivered with the next entry (both never come together, nor while an exception is in delivery; the guest can
+    /// take it); one that is gone is dropped.
+    fn store(&mut self, groups: Groups, old: &CpuState, new: &CpuState) -> VcpuResult<()>;
+
+    /// Enters the guest. `cpu` is the emulator; only an engine that is [`IN_PLACE`](Engine::IN_PLACE) may touch its state.
+    fn enter(&mut self, cpu: &mut Cpu, order: &Order) -> VcpuResult<Left>;
+
+    /// Makes `enter` return soon, from any thread. Called again until it did; it may come when the guest is not entered, then it
+    /// may end the next entry. Not called any more when the engine is dropped.
+    fn canceller(&self) -> Option<Box<dyn Fn() + Send + Sync>>;
+
+    /// The task priority class as the guest left it in CR8, where the guest changes it without an exit.
+    fn cr8(&self) -> Option<u8> {
+        None
+    }
+
+    /// The platform refuses calls from this thread.
+    fn check_thread(&self, op: &'static str) -> VcpuResult<()> {
+        let _ = op;
+        Ok(())
+    }
+
+    /// The guest's time-stamp counter now; `None` if it is the emulator's.
+    fn tsc(&self) -> VcpuResult<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Sets the time-stamp counter; false if it is the emulator's.
+    fn set_tsc(&mut self, value: u64) -> VcpuResult<bool> {
+        let _ = value;
+        Ok(false)
+    }
+
+    /// What the host debugs was changed; the emulator knows already.
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()>;
+
+    /// The platform's number of the last exit.
+    fn raw_exit(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// One virtual machine of a platform.
+pub(crate) trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
+    /// The kind of backend.
+    const KIND: AccelKind;
+    /// Its vCPUs.
+    type Engine: Engine + 'static;
+    /// What must live as long as a mapping; `()` if nothing.
+    type Hold: std::fmt::Debug + Send + Sync;
+
+    /// Creates a vCPU. The id is free and in range.
+    fn engine(shared: &Arc<Shared<Self>>, id: u32) -> VcpuResult<Self::Engine>;
+
+    /// Maps memory; the emulator has it already.
+    fn map(&self, ram: &Arc<Ram>, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<Self::Hold>;
+
+    /// Unmaps memory.
+    fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()> {
+        let _ = (gpa, size);
+        Ok(())
+    }
+
+    /// Switches the dirty log of a mapping; `flags` are its flags from now on.
+    fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        let _ = (gpa, region, flags);
+        Ok(())
+    }
+
+    /// Joins the pages that the guest wrote on the platform into `words`, one bit per 4 KiB page, and starts anew.
+    fn take_dirty(&self, gpa: u64, size: u64, words: &mut [u64]) -> VcpuResult<()> {
+        let _ = (gpa, size, words);
+        Ok(())
+    }
+}
