@@ -206,7 +206,7 @@ impl Cache {
             let hit = key.gpa < (end + 63) & !63 && key.gpa + u64::from(len) > gpa & !63;
             if hit {
                 by_key.remove(&key);
-                block.ops = Box::new([Op { f: stale, ..Op::nothing(stale) }]);
+                block.ops = Box::new([Op::nothing(stale)]);
                 block.count = 0;
                 block.links = [Link::default(); 2];
             }

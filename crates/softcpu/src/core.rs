@@ -64,6 +64,8 @@ pub(crate) struct Core {
     pub(crate) tlb: Tlb,
     /// RIP of the first instruction of the current block.
     pub(crate) block_rip: u64,
+    /// Records of the current block that were not begun when it was left.
+    pub(crate) left: usize,
     /// Instructions begun; exact when no block is in progress.
     pub(crate) icount: u64,
     /// The block loop pauses when `icount` reaches this.

@@ -14,7 +14,7 @@ use crate::core::{Core, Trap};
 use crate::cpuid::CpuidPolicy;
 use crate::decode;
 use crate::exception::Exception;
-use crate::exec::{Exec, Leave, Op};
+use crate::exec::{Exec, Leave, Op, thread};
 use crate::exit::{Exit, GuestDebug};
 use crate::flags::Flags;
 use crate::intercept::Intercept;
@@ -103,6 +103,7 @@ impl Cpu {
             fl: Flags::from_bits(0),
             tlb: Tlb::new(),
             block_rip: 0,
+            left: 0,
             icount: 0,
             limit: 0,
             mode: 0,
@@ -315,14 +316,7 @@ impl Cpu {
                 return Pause::Look;
             }
             core.icount += u64::from(block.count);
-            let mut leave = Leave::Fall;
-            let mut left = block.ops.iter();
-            for op in left.by_ref() {
-                if let Err(why) = (op.f)(core, op) {
-                    leave = why;
-                    break;
-                }
-            }
+            let leave = thread::next(core, &block.ops);
             let which = match leave {
                 Leave::Taken => 0,
                 Leave::Fall => 1,
@@ -335,7 +329,7 @@ impl Cpu {
                 }
                 _ => {
                     // How many instructions of the block were not begun, and where the last one is.
-                    let done = block.ops.len() - left.len();
+                    let done = block.ops.len() - core.left;
                     let (off, len) = block.ops.get(done - 1).map_or((0, 0), |op| (op.off, op.len));
                     core.icount = core.icount.wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
                     let stack = block.ops.get(done - 1).is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);

@@ -5,7 +5,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruc
 
 use crate::core::{Core, mode};
 use crate::exception::Exception;
-use crate::exec::{self, Exec, FAMILIES, Handler, Leave, Need, Op};
+use crate::exec::{self, Exec, FAMILIES, Handler, Need, Op, thread};
 
 /// F3 0F BC and BD are BSF and BSR, WBINVD has no F3 form: BMI1, LZCNT and WBNOINVD are not offered.
 const OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
@@ -31,11 +31,6 @@ fn nm(cpu: &mut Core, _: &Op) -> Exec {
     cpu.raise(Exception::Nm)
 }
 
-/// Ends a block that no jump ends.
-fn fall(_: &mut Core, _: &Op) -> Exec {
-    Err(Leave::Fall)
-}
-
 /// Bits of code in a mode.
 fn bitness(mode: u32) -> u32 {
     if mode & mode::CODE64 != 0 {
@@ -56,10 +51,10 @@ fn wrap(mode: u32, rip: u64) -> u64 {
     }
 }
 
-/// The handler of an instruction, all checks made.
-pub(crate) fn handler(core: &Core, insn: &Instruction) -> Handler {
+/// The handler of an instruction, all checks made; `Err` is one that only raises what came of them.
+fn handler(core: &Core, insn: &Instruction) -> Result<Handler, Handler> {
     if insn.code() == Code::INVALID || !core.cpuid.allows(insn) {
-        return ud;
+        return Err(ud);
     }
     let on = |bit| core.mode & bit != 0;
     for family in FAMILIES {
@@ -74,14 +69,14 @@ pub(crate) fn handler(core: &Core, insn: &Instruction) -> Handler {
             Need::Sse => (on(mode::EM) || !on(mode::OSFXSR), on(mode::TS)),
         };
         return if no {
-            ud
+            Err(ud)
         } else if off {
-            nm
+            Err(nm)
         } else {
-            handler
+            Ok(handler)
         };
     }
-    ud
+    Err(ud)
 }
 
 /// Whether nothing is decoded behind an instruction: it jumps, or it usually changes what the rest would mean.
@@ -113,13 +108,20 @@ pub(crate) fn one(core: &Core, rip: u64, bytes: &[u8]) -> Option<(Op, [u64; 2])>
     if decoder.last_error() == DecoderError::NoMoreBytes {
         return None;
     }
-    let op = lower(core, &insn, 0);
+    let op = lower(core, &insn, 0, &[]);
     Some((op, targets(core.mode, &insn)))
 }
 
-fn lower(core: &Core, insn: &Instruction, off: u8) -> Op {
-    let mut op = Op::new(insn, handler(core, insn), off, core.code64());
+/// The record of an instruction; `behind` are those that run after it in its block.
+fn lower(core: &Core, insn: &Instruction, off: u8, behind: &[Instruction]) -> Op {
+    let handler = handler(core, insn);
+    let mut op = Op::new(insn, handler.unwrap_or_else(|raises| raises), off, core.code64());
     exec::adjust(core.mode, insn, &mut op);
+    if handler.is_ok() {
+        if let Some(thread) = thread::of(core.mode, insn, &op, thread::dead_flags(behind)) {
+            op.thread = thread;
+        }
+    }
     op
 }
 
@@ -143,7 +145,7 @@ pub(crate) fn block(core: &Core, rip: u64, bytes: &[u8]) -> Option<Decoded> {
     }
     let last = *insns.last()?;
     let offset = |insn: &Instruction| insn.ip().wrapping_sub(rip) as u8;
-    let mut ops = Vec::with_capacity(insns.len() + 1);
+    let mut ops = Vec::with_capacity(insns.len());
     let mut at = 0;
     while at < insns.len() {
         let insn = &insns[at];
@@ -154,12 +156,9 @@ pub(crate) fn block(core: &Core, rip: u64, bytes: &[u8]) -> Option<Decoded> {
                 break;
             }
         }
-        ops.push(lower(core, insn, offset(insn)));
+        ops.push(lower(core, insn, offset(insn), &insns[at + 1..]));
         at += 1;
     }
     let len = insns.iter().map(Instruction::len).sum();
-    if last.flow_control() == FlowControl::Next {
-        ops.push(Op { off: len as u8, ..Op::nothing(fall) });
-    }
     Some(Decoded { ops, count: insns.len() as u32, targets: targets(core.mode, &last), len })
 }

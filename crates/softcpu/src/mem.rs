@@ -105,6 +105,36 @@ impl Core {
         if op.am == 0 { self.hit_read::<T>(self.offset(op)) } else { None }
     }
 
+    /// As [`Core::hit_operand`], for an operand of any size; `ALIGNED`: 16 bytes that must be.
+    #[inline(always)]
+    pub(crate) fn hit_load<T: Mem, const ALIGNED: bool>(&self, op: &Op) -> Option<T> {
+        let lin = self.offset(op);
+        let entry = self.tlb.entry(lin);
+        if op.am != 0
+            || entry.read != self.tlb.tag(lin.wrapping_add(T::SIZE - 1))
+            || ALIGNED && lin & (T::SIZE - 1) != 0
+        {
+            return None;
+        }
+        // SAFETY: as in `read`.
+        Some(unsafe { host_read(entry.add.wrapping_add(lin as usize)) })
+    }
+
+    /// The counterpart of [`Core::hit_load`]; `false` if nothing was done.
+    #[inline(always)]
+    pub(crate) fn hit_store<T: Mem, const ALIGNED: bool>(&mut self, op: &Op, value: T) -> bool {
+        let lin = self.offset(op);
+        let entry = self.tlb.entry(lin);
+        let hit = op.am == 0
+            && entry.write == self.tlb.tag(lin.wrapping_add(T::SIZE - 1))
+            && (!ALIGNED || lin & (T::SIZE - 1) == 0);
+        if hit {
+            // SAFETY: as in `write`.
+            unsafe { host_write(entry.add.wrapping_add(lin as usize), value) };
+        }
+        hit
+    }
+
     /// The value at `lin` if the TLB has it; handlers use it for a path without calls, before the general one.
     #[inline(always)]
     pub(crate) fn hit_read<T: Word>(&self, lin: u64) -> Option<u64> {

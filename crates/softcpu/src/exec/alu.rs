@@ -3,6 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::form::{Word, by_size, size0};
+use super::thread::{self, Thread, thread_by_size};
 use super::{Exec, Form, Handler, Leave, Op};
 use crate::core::Core;
 use crate::flags::{Flags, kind};
@@ -72,40 +73,6 @@ fn carry_in<const OP: u8>(cpu: &Core) -> u64 {
 
 fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
-    let (a, b) = match F {
-        RR => (cpu.reg::<T>(op.d), cpu.reg::<T>(op.s)),
-        RI => (cpu.reg::<T>(op.d), T::cut(op.imm)),
-        // A path without calls if the TLB has the page; see `data`.
-        _ if op.am != 0 || LOCK => return binary_general::<T, OP, F, LOCK>(cpu, op),
-        RM => match cpu.hit_read::<T>(cpu.offset(op)) {
-            Some(b) => (cpu.reg::<T>(op.d), b),
-            None => return binary_general::<T, OP, F, LOCK>(cpu, op),
-        },
-        _ => {
-            let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
-            let lin = cpu.offset(op);
-            let hit = if OP == CMP || OP == TEST {
-                cpu.hit_read::<T>(lin)
-            } else {
-                cpu.hit_rmw::<T>(lin, |a| compute::<T, OP>(a, b, carry))
-            };
-            match hit {
-                Some(a) => (a, b),
-                None => return binary_general::<T, OP, F, LOCK>(cpu, op),
-            }
-        }
-    };
-    let r = compute::<T, OP>(a, b, carry);
-    set_flags::<T, OP>(cpu, a, r, carry);
-    if OP != CMP && OP != TEST && F <= RM {
-        cpu.set_reg::<T>(op.d, r);
-    }
-    Ok(())
-}
-
-#[inline(never)]
-fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let carry = carry_in::<OP>(cpu);
     if F == MR || F == MI {
         let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
         if OP == CMP || OP == TEST {
@@ -132,6 +99,39 @@ fn binary_general<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mu
     Ok(())
 }
 
+/// The same as a thread, for what the TLB has at hand; `FLAGS`: somebody wants them.
+fn quick<T: Word, const OP: u8, const F: u8, const FLAGS: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let carry = carry_in::<OP>(cpu);
+    let (a, b) = match F {
+        RR => (cpu.reg::<T>(op.d), cpu.reg::<T>(op.s)),
+        RI => (cpu.reg::<T>(op.d), T::cut(op.imm)),
+        RM => match cpu.hit_operand::<T>(op) {
+            Some(b) => (cpu.reg::<T>(op.d), b),
+            None => return thread::plain(cpu, op, rest),
+        },
+        _ => {
+            let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
+            let hit = if OP == CMP || OP == TEST {
+                cpu.hit_operand::<T>(op)
+            } else {
+                cpu.hit_rmw::<T>(cpu.offset(op), |a| compute::<T, OP>(a, b, carry))
+            };
+            match hit {
+                Some(a) => (a, b),
+                None => return thread::plain(cpu, op, rest),
+            }
+        }
+    };
+    let r = compute::<T, OP>(a, b, carry);
+    if FLAGS {
+        set_flags::<T, OP>(cpu, a, r, carry);
+    }
+    if OP != CMP && OP != TEST && F <= RM {
+        cpu.set_reg::<T>(op.d, r);
+    }
+    thread::next(cpu, rest)
+}
+
 fn unary<T: Word, const OP: u8, const M: bool, const LOCK: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let carry = carry_in::<OP>(cpu);
     let a = if M {
@@ -144,6 +144,16 @@ fn unary<T: Word, const OP: u8, const M: bool, const LOCK: bool>(cpu: &mut Core,
     };
     set_flags::<T, OP>(cpu, a, compute::<T, OP>(a, 0, 0), carry);
     Ok(())
+}
+
+/// INC and its like on a register, as a thread.
+fn quick_unary<T: Word, const OP: u8>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let carry = carry_in::<OP>(cpu);
+    let a = cpu.reg::<T>(op.d);
+    let r = compute::<T, OP>(a, 0, 0);
+    cpu.set_reg::<T>(op.d, r);
+    set_flags::<T, OP>(cpu, a, r, carry);
+    thread::next(cpu, rest)
 }
 
 fn pick_binary<const OP: u8>(insn: &Instruction) -> Handler {
@@ -165,6 +175,41 @@ fn pick_unary<const OP: u8>(insn: &Instruction) -> Handler {
         (Form::Reg, _) => by_size!(size, unary::<[T], OP, false, false>),
         (_, false) => by_size!(size, unary::<[T], OP, true, false>),
         (_, true) => by_size!(size, unary::<[T], OP, true, true>),
+    }
+}
+
+fn quick_binary<const OP: u8>(insn: &Instruction, dead: bool) -> Option<Thread> {
+    let size = size0(insn);
+    Some(match (Form::of(insn), dead) {
+        _ if insn.has_lock_prefix() => return None,
+        (Form::Reg, false) => thread_by_size!(size, quick::<[T], OP, RR, true>),
+        (Form::Reg, true) => thread_by_size!(size, quick::<[T], OP, RR, false>),
+        (Form::RegImm, false) => thread_by_size!(size, quick::<[T], OP, RI, true>),
+        (Form::RegImm, true) => thread_by_size!(size, quick::<[T], OP, RI, false>),
+        (Form::RegMem, _) => thread_by_size!(size, quick::<[T], OP, RM, true>),
+        (Form::MemReg, _) => thread_by_size!(size, quick::<[T], OP, MR, true>),
+        (Form::MemImm, _) => thread_by_size!(size, quick::<[T], OP, MI, true>),
+    })
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction, dead: bool) -> Option<Thread> {
+    let register = Form::of(insn) == Form::Reg;
+    match insn.mnemonic() {
+        Mnemonic::Add => quick_binary::<ADD>(insn, dead),
+        Mnemonic::Or => quick_binary::<OR>(insn, dead),
+        Mnemonic::Adc => quick_binary::<ADC>(insn, false),
+        Mnemonic::Sbb => quick_binary::<SBB>(insn, false),
+        Mnemonic::And => quick_binary::<AND>(insn, dead),
+        Mnemonic::Sub => quick_binary::<SUB>(insn, dead),
+        Mnemonic::Xor => quick_binary::<XOR>(insn, dead),
+        Mnemonic::Cmp => quick_binary::<CMP>(insn, false),
+        Mnemonic::Test => quick_binary::<TEST>(insn, false),
+        Mnemonic::Inc if register => Some(thread_by_size!(size0(insn), quick_unary::<[T], INC>)),
+        Mnemonic::Dec if register => Some(thread_by_size!(size0(insn), quick_unary::<[T], DEC>)),
+        Mnemonic::Neg if register => Some(thread_by_size!(size0(insn), quick_unary::<[T], NEG>)),
+        Mnemonic::Not if register => Some(thread_by_size!(size0(insn), quick_unary::<[T], NOT>)),
+        _ => None,
     }
 }
 
@@ -208,8 +253,8 @@ fn holds<T: Word, const OP: u8, const CC: u8>(cpu: &Core, a: u64, b: u64, r: u64
     positive ^ (CC & 1 != 0)
 }
 
-/// An operation and the conditional branch behind it.
-fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op) -> Exec {
+/// An operation and the conditional branch behind it: the last record of a block.
+fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op, _: &[Op]) -> Leave {
     let carry = carry_in::<OP>(cpu);
     let memory = if F < RM {
         0
@@ -229,28 +274,34 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     if OP != CMP && OP != TEST {
         cpu.set_reg::<T>(op.d, r);
     }
-    Err(if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall })
+    if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall }
 }
 
 /// A comparison with memory that the TLB does not have at hand, and the branch behind it.
 #[inline(never)]
-fn fused_general<T: Word, const OP: u8, const F: u8>(cpu: &mut Core, op: &Op, cc: u8) -> Exec {
-    binary_general::<T, OP, F, false>(cpu, op)?;
-    Err(if cpu.fl.condition(cc) { Leave::Taken } else { Leave::Fall })
+fn fused_general<T: Word, const OP: u8, const F: u8>(cpu: &mut Core, op: &Op, cc: u8) -> Leave {
+    match binary::<T, OP, F, false>(cpu, op) {
+        Ok(()) if cpu.fl.condition(cc) => Leave::Taken,
+        Ok(()) => Leave::Fall,
+        Err(why) => {
+            cpu.left = 0;
+            why
+        }
+    }
 }
 
 /// Picks the instance of a handler for one of the conditions listed.
 macro_rules! by_condition {
     ($cc:expr, [$($n:literal)*], $h:ident::<$t:ty, $op:ident, $f:ident>) => {
         match $cc {
-            $($n => $h::<$t, $op, $f, $n> as Handler,)*
+            $($n => $h::<$t, $op, $f, $n> as Thread,)*
             _ => return None,
         }
     };
 }
 
 /// Comparisons fuse with every condition.
-fn pick_comparison<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
+fn pick_comparison<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Thread> {
     macro_rules! of_form {
         ($f:ident) => {
             match size0(insn) {
@@ -272,7 +323,7 @@ fn pick_comparison<const OP: u8>(insn: &Instruction, cc: u8) -> Option<Handler> 
 }
 
 /// Arithmetic on registers fuses with the conditions that compilers use behind it: carry, zero, sign.
-fn pick_arithmetic<const OP: u8, const F: u8>(insn: &Instruction, cc: u8) -> Option<Handler> {
+fn pick_arithmetic<const OP: u8, const F: u8>(insn: &Instruction, cc: u8) -> Option<Thread> {
     Some(match size0(insn) {
         4 => by_condition!(cc, [2 3 4 5 8 9], fused::<u32, OP, F>),
         8 => by_condition!(cc, [2 3 4 5 8 9], fused::<u64, OP, F>),
@@ -281,7 +332,7 @@ fn pick_arithmetic<const OP: u8, const F: u8>(insn: &Instruction, cc: u8) -> Opt
 }
 
 /// One record for `insn` and the conditional branch `jcc` behind it, if they fuse.
-pub(crate) fn fuse(insn: &Instruction, jcc: &Instruction) -> Option<Handler> {
+pub(super) fn fuse(insn: &Instruction, jcc: &Instruction) -> Option<Thread> {
     let cc = condition_number(jcc)?;
     match (insn.mnemonic(), Form::of(insn)) {
         (Mnemonic::Cmp, _) => pick_comparison::<CMP>(insn, cc),

@@ -5,7 +5,8 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::alu::condition_number;
 use super::form::{Word, by_size, has_memory};
-use super::stack::push_hit;
+use super::stack::{pop_hit, push_hit};
+use super::thread::{self, Thread};
 use super::{Exec, Handler, Leave, Op};
 use crate::core::{Core, Trap, mode};
 use crate::exception::Exception;
@@ -44,30 +45,11 @@ impl Core {
 }
 
 fn call<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    if push_hit::<T>(cpu, op.imm) {
-        return Err(Leave::Taken);
-    }
-    call_general::<T>(cpu, op)
-}
-
-#[inline(never)]
-fn call_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     cpu.push::<T>(op.imm)?;
     Err(Leave::Taken)
 }
 
 fn jmp_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    if M && T::BITS == 64 && op.am == 0 {
-        if let Some(rip) = cpu.hit_read::<T>(cpu.offset(op)).filter(|rip| canonical(*rip)) {
-            cpu.st.rip = rip;
-            return Err(Leave::Indirect);
-        }
-    }
-    jmp_general::<T, M>(cpu, op)
-}
-
-#[inline(never)]
-fn jmp_general<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let rip = if M { cpu.load_word::<T>(op)? } else { cpu.reg::<T>(op.d) };
     cpu.jump_near(rip)
 }
@@ -82,19 +64,6 @@ fn call_indirect<T: Word, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn ret<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    let sp = cpu.st.gpr[4];
-    if cpu.code64() {
-        if let Some(rip) = cpu.hit_read::<T>(sp).filter(|rip| canonical(*rip)) {
-            cpu.st.gpr[4] = sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff);
-            cpu.st.rip = rip;
-            return Err(Leave::Indirect);
-        }
-    }
-    ret_general::<T>(cpu, op)
-}
-
-#[inline(never)]
-fn ret_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let (rip, sp) = cpu.peek::<T>(0)?;
     cpu.check_near(rip)?;
     cpu.set_sp(sp.wrapping_add(T::BYTES).wrapping_add(op.imm & 0xffff));
@@ -262,5 +231,62 @@ pub(crate) fn adjust(bits: u32, insn: &Instruction, op: &mut Op) {
             mode::CODE32 => next & 0xffff_ffff,
             _ => next,
         };
+    }
+}
+
+// The same as threads, most of them for 64-bit mode; see there. They are the last of their blocks.
+
+fn quick_jmp(_: &mut Core, _: &Op, _: &[Op]) -> Leave {
+    Leave::Taken
+}
+
+fn quick_jcc<const CC: u8>(cpu: &mut Core, _: &Op, _: &[Op]) -> Leave {
+    if cpu.fl.condition(CC) { Leave::Taken } else { Leave::Fall }
+}
+
+fn quick_call(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    if push_hit(cpu, op.imm) { Leave::Taken } else { thread::plain(cpu, op, rest) }
+}
+
+fn quick_jmp_indirect<const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let target = if M { cpu.hit_operand::<u64>(op) } else { Some(cpu.reg::<u64>(op.d)) };
+    match target.filter(|rip| canonical(*rip)) {
+        Some(rip) => {
+            cpu.st.rip = rip;
+            Leave::Indirect
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+fn quick_ret(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    match pop_hit(cpu, op.imm & 0xffff, canonical) {
+        Some(rip) => {
+            cpu.st.rip = rip;
+            Leave::Indirect
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+/// See `thread::of`; `long` is 64-bit mode.
+pub(super) fn thread(insn: &Instruction, long: bool) -> Option<Thread> {
+    macro_rules! pick {
+        ($($n:literal)*) => {
+            match condition_number(insn)? {
+                $($n => Some(quick_jcc::<$n> as Thread),)*
+                _ => None,
+            }
+        };
+    }
+    match insn.code() {
+        _ if insn.is_jcc_short_or_near() => pick!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15),
+        _ if insn.is_jmp_short_or_near() => Some(quick_jmp),
+        _ if !long => None,
+        Code::Call_rel32_64 => Some(quick_call),
+        Code::Jmp_rm64 if has_memory(insn) => Some(quick_jmp_indirect::<true>),
+        Code::Jmp_rm64 => Some(quick_jmp_indirect::<false>),
+        Code::Retnq | Code::Retnq_imm16 => Some(quick_ret),
+        _ => None,
     }
 }

@@ -5,7 +5,8 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::condition_number;
 use super::form::{Word, by_size, has_memory, size0};
-use super::{Exec, Form, Handler, Op};
+use super::thread::{self, Thread, thread_by_size};
+use super::{Exec, Form, Handler, Leave, Op};
 use crate::core::Core;
 use crate::exception::Exception;
 use crate::flags::{Flags, kind};
@@ -22,21 +23,7 @@ fn mov_ri<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     Ok(())
 }
 
-// The common forms try the TLB first, in code that calls nothing and so needs no stack frame; what misses, or has a segment, goes
-// through the general path.
-
 fn mov_rm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    if op.am == 0 {
-        if let Some(value) = cpu.hit_read::<T>(cpu.offset(op)) {
-            cpu.set_reg::<T>(op.d, value);
-            return Ok(());
-        }
-    }
-    mov_rm_general::<T>(cpu, op)
-}
-
-#[inline(never)]
-fn mov_rm_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.load_word::<T>(op)?;
     cpu.set_reg::<T>(op.d, value);
     Ok(())
@@ -44,40 +31,16 @@ fn mov_rm_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 
 fn mov_mr<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.s);
-    if op.am == 0 && cpu.hit_write::<T>(cpu.offset(op), value) {
-        return Ok(());
-    }
-    store_general::<T>(cpu, op, value)
+    cpu.store_word::<T>(op, value)
 }
 
 fn mov_mi<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    if op.am == 0 && cpu.hit_write::<T>(cpu.offset(op), op.imm) {
-        return Ok(());
-    }
-    store_general::<T>(cpu, op, op.imm)
-}
-
-#[inline(never)]
-fn store_general<T: Word>(cpu: &mut Core, op: &Op, value: u64) -> Exec {
-    cpu.store_word::<T>(op, value)
+    cpu.store_word::<T>(op, op.imm)
 }
 
 /// MOVZX, MOVSX, MOVSXD: from `S` to `D`.
 fn extend<D: Word, S: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let value = if !M {
-        cpu.reg::<S>(op.s)
-    } else if let Some(value) = cpu.hit_operand::<S>(op) {
-        value
-    } else {
-        return extend_general::<D, S, SIGNED>(cpu, op);
-    };
-    cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
-    Ok(())
-}
-
-#[inline(never)]
-fn extend_general<D: Word, S: Word, const SIGNED: bool>(cpu: &mut Core, op: &Op) -> Exec {
-    let value = cpu.load_word::<S>(op)?;
+    let value = if M { cpu.load_word::<S>(op)? } else { cpu.reg::<S>(op.s) };
     cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
     Ok(())
 }
@@ -358,5 +321,109 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
             }
         }
         _ => return None,
+    })
+}
+
+// The same as threads; see there.
+
+fn quick_mov_rr<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let value = cpu.reg::<T>(op.s);
+    cpu.set_reg::<T>(op.d, value);
+    thread::next(cpu, rest)
+}
+
+fn quick_mov_ri<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    cpu.set_reg::<T>(op.d, op.imm);
+    thread::next(cpu, rest)
+}
+
+fn quick_mov_mr<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = cpu.hit_write::<T>(cpu.offset(op), cpu.reg::<T>(op.s));
+    thread::done(cpu, op, rest, done)
+}
+
+fn quick_mov_mi<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = cpu.hit_write::<T>(cpu.offset(op), op.imm);
+    thread::done(cpu, op, rest, done)
+}
+
+/// MOV from memory, too: from a size to itself.
+fn quick_extend<D: Word, S: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let value = if !M {
+        cpu.reg::<S>(op.s)
+    } else if let Some(value) = cpu.hit_operand::<S>(op) {
+        value
+    } else {
+        return thread::plain(cpu, op, rest);
+    };
+    cpu.set_reg::<D>(op.d, if SIGNED { D::cut(S::sign_extend(value) as u64) } else { value });
+    thread::next(cpu, rest)
+}
+
+fn quick_lea<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let address = cpu.offset(op);
+    cpu.set_reg::<T>(op.d, T::cut(address));
+    thread::next(cpu, rest)
+}
+
+fn quick_cmov<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let source = if cpu.fl.condition(op.sc >> 3) { op.s } else { op.d };
+    let value = cpu.reg::<T>(source);
+    cpu.set_reg::<T>(op.d, value);
+    thread::next(cpu, rest)
+}
+
+fn quick_setcc(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let value = u64::from(cpu.fl.condition(op.sc >> 3));
+    cpu.set_reg::<u8>(op.d, value);
+    thread::next(cpu, rest)
+}
+
+fn quick_nop(cpu: &mut Core, _: &Op, rest: &[Op]) -> Leave {
+    thread::next(cpu, rest)
+}
+
+/// Threads for zero and sign extension, and for loads, which extend nothing.
+fn quick_from<const SIGNED: bool, const M: bool>(to: usize, from: usize) -> Option<Thread> {
+    Some(match (to, from) {
+        (2, 1) => quick_extend::<u16, u8, SIGNED, M>,
+        (4, 1) => quick_extend::<u32, u8, SIGNED, M>,
+        (8, 1) => quick_extend::<u64, u8, SIGNED, M>,
+        (4, 2) => quick_extend::<u32, u16, SIGNED, M>,
+        (8, 2) => quick_extend::<u64, u16, SIGNED, M>,
+        (8, 4) => quick_extend::<u64, u32, SIGNED, M>,
+        (1, 1) => quick_extend::<u8, u8, SIGNED, M>,
+        (2, 2) => quick_extend::<u16, u16, SIGNED, M>,
+        (4, 4) => quick_extend::<u32, u32, SIGNED, M>,
+        (8, 8) => quick_extend::<u64, u64, SIGNED, M>,
+        _ => return None,
+    })
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
+    let size = size0(insn);
+    let memory = has_memory(insn);
+    let general = |k: u32| k >= insn.op_count() || insn.op_kind(k) != OpKind::Register || insn.op_register(k).is_gpr();
+    if !general(0) || !general(1) {
+        return None;
+    }
+    let from = if memory { insn.memory_size().size() } else { insn.op1_register().size() };
+    Some(match (insn.mnemonic(), Form::of(insn)) {
+        (Mnemonic::Mov, Form::Reg) => thread_by_size!(size, quick_mov_rr::<[T]>),
+        (Mnemonic::Mov, Form::RegImm) => thread_by_size!(size, quick_mov_ri::<[T]>),
+        (Mnemonic::Mov, Form::RegMem) => return quick_from::<false, true>(size, size),
+        (Mnemonic::Mov, Form::MemReg) => thread_by_size!(size, quick_mov_mr::<[T]>),
+        (Mnemonic::Mov, Form::MemImm) => thread_by_size!(size, quick_mov_mi::<[T]>),
+        (Mnemonic::Movzx, _) if memory => return quick_from::<false, true>(size, from),
+        (Mnemonic::Movzx, _) => return quick_from::<false, false>(size, from),
+        (Mnemonic::Movsx | Mnemonic::Movsxd, _) if size <= from => return None,
+        (Mnemonic::Movsx | Mnemonic::Movsxd, _) if memory => return quick_from::<true, true>(size, from),
+        (Mnemonic::Movsx | Mnemonic::Movsxd, _) => return quick_from::<true, false>(size, from),
+        (Mnemonic::Lea, _) => thread_by_size!(size, quick_lea::<[T]>),
+        (Mnemonic::Nop | Mnemonic::Endbr64 | Mnemonic::Endbr32, _) => quick_nop,
+        _ if condition_number(insn).is_none() || insn.is_jcc_short_or_near() || memory => return None,
+        _ if insn.op_count() == 1 => quick_setcc,
+        _ => thread_by_size!(size, quick_cmov::<[T]>),
     })
 }

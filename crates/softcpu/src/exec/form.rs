@@ -180,19 +180,7 @@ pub(crate) fn segment_number(reg: Register) -> u8 {
 impl Op {
     /// The operands of `insn` in the uniform layout; `off` is its offset in the block.
     pub(crate) fn new(insn: &Instruction, f: Handler, off: u8, code64: bool) -> Op {
-        let mut op = Op {
-            f,
-            imm: 0,
-            disp: 0,
-            d: NO_REG,
-            s: NO_REG,
-            b: NO_REG,
-            i: NO_REG,
-            sc: 0,
-            am: 0,
-            off,
-            len: insn.len() as u8,
-        };
+        let mut op = Op { off, len: insn.len() as u8, ..Op::nothing(f) };
         for k in 0..insn.op_count() {
             let kind = insn.op_kind(k);
             match kind {

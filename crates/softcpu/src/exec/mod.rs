@@ -46,6 +46,7 @@ mod sse_mov;
 mod stack;
 mod string;
 mod system;
+pub(crate) mod thread;
 mod x87;
 mod x87_control;
 pub(crate) mod xsave;
@@ -57,6 +58,7 @@ use crate::exception::Exception;
 use crate::state::cr4;
 
 pub(crate) use form::Form;
+use thread::Thread;
 
 /// Why a handler does not simply continue with the next record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +105,9 @@ pub(crate) const SC_STACK: u8 = 0x80;
 /// One decoded instruction (or two, fused).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Op {
-    /// The code.
+    /// How it runs in a block.
+    pub(crate) thread: Thread,
+    /// How it runs in general.
     pub(crate) f: Handler,
     /// Immediate; the return address of a near call.
     pub(crate) imm: u64,
@@ -177,7 +181,20 @@ pub(crate) const FAMILIES: &[Family] = &[
 impl Op {
     /// A record without operands.
     pub(crate) fn nothing(f: Handler) -> Op {
-        Op { f, imm: 0, disp: 0, d: NO_REG, s: NO_REG, b: NO_REG, i: NO_REG, sc: 0, am: 0, off: 0, len: 0 }
+        Op {
+            thread: thread::plain,
+            f,
+            imm: 0,
+            disp: 0,
+            d: NO_REG,
+            s: NO_REG,
+            b: NO_REG,
+            i: NO_REG,
+            sc: 0,
+            am: 0,
+            off: 0,
+            len: 0,
+        }
     }
 }
 
@@ -195,7 +212,9 @@ pub(crate) fn fuse(bits: u32, insn: &Instruction, jcc: &Instruction, off: u8) ->
     if !jcc.is_jcc_short_or_near() {
         return None;
     }
-    let mut op = Op::new(insn, alu::fuse(insn, jcc)?, off, bits & mode::CODE64 != 0);
+    let thread = alu::fuse(insn, jcc)?;
+    // The handler is that of the first instruction alone, and nothing runs it: see `alu::fused`.
+    let mut op = Op { thread, ..Op::new(insn, alu::lower(insn)?, off, bits & mode::CODE64 != 0) };
     adjust(bits, insn, &mut op);
     Some(op)
 }

@@ -4,7 +4,8 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::form::{Word, by_size, has_memory, size0};
-use super::{Exec, Form, Handler, Op};
+use super::thread::{self, Thread};
+use super::{Exec, Form, Handler, Leave, Op};
 use crate::core::Core;
 use crate::exception::Exception;
 use crate::flags::{Flags, kind};
@@ -176,6 +177,28 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Aam => aam,
         Mnemonic::Aad => aad,
         Mnemonic::Salc => salc,
+        _ => return None,
+    })
+}
+
+/// IMUL of registers as a thread.
+fn quick_imul<T: Word, const IMM: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let a = if IMM { T::cut(op.imm) } else { cpu.reg::<T>(op.d) };
+    let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(cpu.reg::<T>(op.s)));
+    let low = T::cut(product as u64);
+    cpu.set_reg::<T>(op.d, low);
+    product_flags::<T>(cpu, low, i128::from(T::sign_extend(low)) != product);
+    thread::next(cpu, rest)
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
+    Some(match (size0(insn), insn.op_count()) {
+        _ if insn.mnemonic() != Mnemonic::Imul || has_memory(insn) => return None,
+        (4, 2) => quick_imul::<u32, false>,
+        (4, 3) => quick_imul::<u32, true>,
+        (8, 2) => quick_imul::<u64, false>,
+        (8, 3) => quick_imul::<u64, true>,
         _ => return None,
     })
 }

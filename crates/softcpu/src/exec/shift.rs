@@ -4,7 +4,8 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::form::{Word, by_size, has_memory, size0};
-use super::{Exec, Handler, Op};
+use super::thread::{self, Thread, thread_by_size};
+use super::{Exec, Handler, Leave, Op};
 use crate::core::Core;
 use crate::flags::{Flags, kind};
 use crate::state::rflags::{CF, OF};
@@ -193,6 +194,49 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Sar => pick::<SAR>(insn),
         Mnemonic::Shld => pick_double::<true>(insn),
         Mnemonic::Shrd => pick_double::<false>(insn),
+        _ => return None,
+    })
+}
+
+/// A shift or rotation of a register by a constant that is not zero, as a thread.
+fn quick<T: Word, const OP: u8, const FLAGS: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let a = cpu.reg::<T>(op.d);
+    let (r, cf, of) = shift::<T, OP>(a, op.imm as u32 & if T::BITS == 64 { 63 } else { 31 }, false);
+    if FLAGS {
+        let bits = if cf { CF } else { 0 } | if of { OF } else { 0 };
+        if OP >= SHL {
+            cpu.fl = Flags { kind: kind::RES | T::LOG, aux: bits as u32, a: 0, r };
+        } else {
+            cpu.fl.assign(bits, CF | OF);
+        }
+    }
+    cpu.set_reg::<T>(op.d, r);
+    thread::next(cpu, rest)
+}
+
+/// Whether it shifts or rotates a register by a constant other than zero.
+pub(super) fn by_constant(insn: &Instruction) -> bool {
+    let size = size0(insn);
+    insn.op0_kind() == OpKind::Register
+        && insn.op1_kind() == OpKind::Immediate8
+        && insn.immediate8() & if size == 8 { 63 } else { 31 } != 0
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction, dead: bool) -> Option<Thread> {
+    let size = size0(insn);
+    macro_rules! pick {
+        ($op:ident) => {
+            if dead { thread_by_size!(size, quick::<[T], $op, false>) } else { thread_by_size!(size, quick::<[T], $op, true>) }
+        };
+    }
+    Some(match insn.mnemonic() {
+        _ if !by_constant(insn) => return None,
+        Mnemonic::Rol => thread_by_size!(size, quick::<[T], ROL, true>),
+        Mnemonic::Ror => thread_by_size!(size, quick::<[T], ROR, true>),
+        Mnemonic::Shl | Mnemonic::Sal => pick!(SHL),
+        Mnemonic::Shr => pick!(SHR),
+        Mnemonic::Sar => pick!(SAR),
         _ => return None,
     })
 }

@@ -12,7 +12,8 @@ use core::cmp::Ordering;
 use iced_x86::{Code, Instruction};
 
 use super::form::has_memory;
-use super::{Exec, Handler, Op};
+use super::thread::{self, Thread};
+use super::{Exec, Handler, Leave, Op};
 use crate::core::Core;
 use crate::exception::Exception;
 use crate::fp::host::{self, Add, Div, HostFloat, Max, Min, Mul, Operation, Sqrt, Sub};
@@ -27,8 +28,10 @@ trait Lane: HostFloat {
     fn get(v: u128, lane: usize) -> Self;
     fn put(self, v: u128, lane: usize) -> u128;
     fn load(cpu: &mut Core, op: &Op) -> Exec<Self>;
-    /// An operation on all lanes.
-    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128;
+    /// The memory operand if the TLB has it at hand.
+    fn hit(cpu: &Core, op: &Op) -> Option<Self>;
+    /// An operation on all lanes; see `host::quick_all`.
+    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128>;
 }
 
 impl Lane for F32 {
@@ -50,10 +53,15 @@ impl Lane for F32 {
     }
 
     #[inline(always)]
-    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128 {
+    fn hit(cpu: &Core, op: &Op) -> Option<Self> {
+        cpu.hit_load::<u32, false>(op).map(F32)
+    }
+
+    #[inline(always)]
+    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128> {
         let split = |v| std::array::from_fn::<_, 4, _>(|i| F32::get(v, i));
-        let result = host::apply_all::<O, F32, 4>(env, split(a), split(b));
-        lanes(|i| result[i])
+        let result = host::quick_all::<O, F32, 4>(mxcsr, split(a), split(b))?;
+        Some(lanes(|i| result[i]))
     }
 }
 
@@ -76,10 +84,15 @@ impl Lane for F64 {
     }
 
     #[inline(always)]
-    fn apply_all<O: Operation>(env: &mut Env, a: u128, b: u128) -> u128 {
+    fn hit(cpu: &Core, op: &Op) -> Option<Self> {
+        cpu.hit_load::<u64, false>(op).map(F64)
+    }
+
+    #[inline(always)]
+    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128> {
         let split = |v| std::array::from_fn::<_, 2, _>(|i| F64::get(v, i));
-        let result = host::apply_all::<O, F64, 2>(env, split(a), split(b));
-        lanes(|i| result[i])
+        let result = host::quick_all::<O, F64, 2>(mxcsr, split(a), split(b))?;
+        Some(lanes(|i| result[i]))
     }
 }
 
@@ -143,7 +156,7 @@ fn packed<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op) -> Exec
     let b = packed_source::<M>(cpu, op)?;
     let a = cpu.xmm(op.d);
     let mut env = Env::sse(cpu.st.mxcsr);
-    let result = F::apply_all::<O>(&mut env, a, b);
+    let result = lanes(|i| host::apply::<O, F>(&mut env, F::get(a, i), F::get(b, i)));
     complete(cpu, &env)?;
     cpu.set_xmm(op.d, result);
     Ok(())
@@ -607,6 +620,64 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
         Cvttpd2pi_mm_xmmm128 => form!(to_mmx, F64, true),
         Ldmxcsr_m32 => ldmxcsr,
         Stmxcsr_m32 => stmxcsr,
+        _ => return None,
+    })
+}
+
+/// ADDSS and the like, as a thread: when the host's result is the guest's and changes no flag.
+fn quick_scalar<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let b = if M { F::hit(cpu, op) } else { Some(F::get(cpu.xmm(op.s), 0)) };
+    let a = cpu.xmm(op.d);
+    match b.and_then(|b| host::quick::<O, F>(cpu.st.mxcsr, F::get(a, 0), b)) {
+        Some(result) => {
+            cpu.set_xmm(op.d, result.put(a, 0));
+            thread::next(cpu, rest)
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+/// ADDPS and the like, as a thread.
+fn quick_packed<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let b = if M { cpu.hit_load::<u128, true>(op) } else { Some(cpu.xmm(op.s)) };
+    let a = cpu.xmm(op.d);
+    match b.and_then(|b| F::quick_all::<O>(cpu.st.mxcsr, a, b)) {
+        Some(result) => {
+            cpu.set_xmm(op.d, result);
+            thread::next(cpu, rest)
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
+    let memory = has_memory(insn);
+    macro_rules! form {
+        ($quick:ident, $operation:ty, $format:ty) => {
+            if memory { $quick::<$operation, $format, true> } else { $quick::<$operation, $format, false> }
+        };
+    }
+    use Code::*;
+    Some(match insn.code() {
+        Addss_xmm_xmmm32 => form!(quick_scalar, Add, F32),
+        Addsd_xmm_xmmm64 => form!(quick_scalar, Add, F64),
+        Addps_xmm_xmmm128 => form!(quick_packed, Add, F32),
+        Addpd_xmm_xmmm128 => form!(quick_packed, Add, F64),
+        Subss_xmm_xmmm32 => form!(quick_scalar, Sub, F32),
+        Subsd_xmm_xmmm64 => form!(quick_scalar, Sub, F64),
+        Subps_xmm_xmmm128 => form!(quick_packed, Sub, F32),
+        Subpd_xmm_xmmm128 => form!(quick_packed, Sub, F64),
+        Mulss_xmm_xmmm32 => form!(quick_scalar, Mul, F32),
+        Mulsd_xmm_xmmm64 => form!(quick_scalar, Mul, F64),
+        Mulps_xmm_xmmm128 => form!(quick_packed, Mul, F32),
+        Mulpd_xmm_xmmm128 => form!(quick_packed, Mul, F64),
+        Divss_xmm_xmmm32 => form!(quick_scalar, Div, F32),
+        Divsd_xmm_xmmm64 => form!(quick_scalar, Div, F64),
+        Divps_xmm_xmmm128 => form!(quick_packed, Div, F32),
+        Divpd_xmm_xmmm128 => form!(quick_packed, Div, F64),
+        Sqrtss_xmm_xmmm32 => form!(quick_scalar, Sqrt, F32),
+        Sqrtsd_xmm_xmmm64 => form!(quick_scalar, Sqrt, F64),
         _ => return None,
     })
 }

@@ -6,7 +6,8 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::form::has_memory;
-use super::{AM_16, AM_32, Exec, Handler, Op};
+use super::thread::{self, Thread};
+use super::{AM_16, AM_32, Exec, Handler, Leave, Op};
 use crate::core::Core;
 use crate::simd;
 
@@ -295,4 +296,86 @@ fn cut(op: &Op, offset: u64) -> u64 {
     } else {
         offset
     }
+}
+
+// The frequent ones as threads; see there.
+
+/// A load of a type, which clears the rest of the register.
+fn quick_load<T: crate::mem::Mem, const ALIGNED: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave
+where
+    u128: From<T>,
+{
+    match cpu.hit_load::<T, ALIGNED>(op) {
+        Some(value) => {
+            cpu.set_xmm(op.d, value.into());
+            thread::next(cpu, rest)
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+fn quick_store16<const ALIGNED: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = cpu.hit_store::<u128, ALIGNED>(op, cpu.xmm(op.s));
+    thread::done(cpu, op, rest, done)
+}
+
+fn quick_store8(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = cpu.hit_store::<u64, false>(op, cpu.xmm(op.s) as u64);
+    thread::done(cpu, op, rest, done)
+}
+
+fn quick_store4(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = cpu.hit_store::<u32, false>(op, cpu.xmm(op.s) as u32);
+    thread::done(cpu, op, rest, done)
+}
+
+/// What register and register make, neither being memory.
+macro_rules! of_registers {
+    (|$op:ident, $a:ident, $b:ident| $result:expr) => {{
+        fn quick(cpu: &mut Core, $op: &Op, rest: &[Op]) -> Leave {
+            let ($a, $b) = (cpu.xmm($op.d), cpu.xmm($op.s));
+            cpu.set_xmm($op.d, $result);
+            thread::next(cpu, rest)
+        }
+        quick as Thread
+    }};
+}
+
+/// See `thread::of`.
+pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
+    let memory = has_memory(insn);
+    Some(match insn.code() {
+        Code::Movaps_xmm_xmmm128 | Code::Movapd_xmm_xmmm128 | Code::Movdqa_xmm_xmmm128 if memory => {
+            quick_load::<u128, true>
+        }
+        Code::Movups_xmm_xmmm128 | Code::Movupd_xmm_xmmm128 | Code::Movdqu_xmm_xmmm128 if memory => {
+            quick_load::<u128, false>
+        }
+        Code::Movss_xmm_xmmm32 if memory => quick_load::<u32, false>,
+        Code::Movsd_xmm_xmmm64 | Code::Movq_xmm_xmmm64 if memory => quick_load::<u64, false>,
+        Code::Movaps_xmmm128_xmm | Code::Movapd_xmmm128_xmm | Code::Movdqa_xmmm128_xmm if memory => {
+            quick_store16::<true>
+        }
+        Code::Movups_xmmm128_xmm | Code::Movupd_xmmm128_xmm | Code::Movdqu_xmmm128_xmm if memory => {
+            quick_store16::<false>
+        }
+        Code::Movsd_xmmm64_xmm | Code::Movq_xmmm64_xmm if memory => quick_store8,
+        Code::Movss_xmmm32_xmm if memory => quick_store4,
+        _ if memory => return None,
+        Code::Movaps_xmm_xmmm128
+        | Code::Movapd_xmm_xmmm128
+        | Code::Movdqa_xmm_xmmm128
+        | Code::Movups_xmm_xmmm128
+        | Code::Movupd_xmm_xmmm128
+        | Code::Movdqu_xmm_xmmm128 => of_registers!(|op, _a, b| b),
+        Code::Movlhps_xmm_xmm => of_registers!(|op, a, b| a & LOW64 | b << 64),
+        Code::Movhlps_xmm_xmm => of_registers!(|op, a, b| a & !LOW64 | b >> 64),
+        Code::Xorps_xmm_xmmm128 | Code::Xorpd_xmm_xmmm128 | Code::Pxor_xmm_xmmm128 => of_registers!(|op, a, b| a ^ b),
+        Code::Andps_xmm_xmmm128 | Code::Andpd_xmm_xmmm128 | Code::Pand_xmm_xmmm128 => of_registers!(|op, a, b| a & b),
+        Code::Shufps_xmm_xmmm128_imm8 => of_registers!(|op, a, b| simd::shufps(a, b, op.imm as u8)),
+        Code::Unpcklps_xmm_xmmm128 => of_registers!(|op, a, b| simd::punpckldq(a, b)),
+        Code::Unpcklpd_xmm_xmmm128 => of_registers!(|op, a, b| simd::punpcklqdq(a, b)),
+        Code::Unpckhpd_xmm_xmmm128 => of_registers!(|op, a, b| simd::punpckhqdq(a, b)),
+        _ => return None,
+    })
 }

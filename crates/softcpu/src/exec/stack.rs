@@ -3,6 +3,7 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::form::{Word, by_size, has_memory};
+use super::thread::{self, Thread};
 use super::{Exec, Handler, Leave, Op};
 use crate::core::{Core, mode};
 use crate::state::{rflags, seg};
@@ -71,25 +72,9 @@ impl Core {
     }
 }
 
-/// Pushes in 64-bit mode if the TLB has the page; `false` if nothing was done.
-#[inline(always)]
-pub(super) fn push_hit<T: Word>(cpu: &mut Core, value: u64) -> bool {
-    let sp = cpu.st.gpr[4].wrapping_sub(T::BYTES);
-    let done = cpu.code64() && cpu.hit_write::<T>(sp, value);
-    if done {
-        cpu.st.gpr[4] = sp;
-    }
-    done
-}
-
-#[inline(never)]
-pub(super) fn push_general<T: Word>(cpu: &mut Core, value: u64) -> Exec {
-    cpu.push::<T>(value)
-}
-
 fn push_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let value = cpu.reg::<T>(op.d);
-    if push_hit::<T>(cpu, value) { Ok(()) } else { push_general::<T>(cpu, value) }
+    cpu.push::<T>(value)
 }
 
 fn push_imm<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
@@ -115,19 +100,6 @@ fn push_seg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
 }
 
 fn pop_reg<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
-    let sp = cpu.st.gpr[4];
-    if cpu.code64() {
-        if let Some(value) = cpu.hit_read::<T>(sp) {
-            cpu.st.gpr[4] = sp.wrapping_add(T::BYTES);
-            cpu.set_reg::<T>(op.d, value);
-            return Ok(());
-        }
-    }
-    pop_general::<T>(cpu, op)
-}
-
-#[inline(never)]
-fn pop_general<T: Word>(cpu: &mut Core, op: &Op) -> Exec {
     let (value, sp) = cpu.peek::<T>(0)?;
     cpu.set_sp(sp.wrapping_add(T::BYTES));
     cpu.set_reg::<T>(op.d, value);
@@ -290,5 +262,49 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
 pub(crate) fn adjust(insn: &Instruction, op: &mut Op) {
     if insn.is_stack_instruction() && !has_memory(insn) {
         op.sc |= super::SC_STACK;
+    }
+}
+
+/// Pushes in 64-bit mode if the TLB has the page; `false` if nothing was done.
+#[inline(always)]
+pub(super) fn push_hit(cpu: &mut Core, value: u64) -> bool {
+    let sp = cpu.st.gpr[4].wrapping_sub(8);
+    let done = cpu.hit_write::<u64>(sp, value);
+    if done {
+        cpu.st.gpr[4] = sp;
+    }
+    done
+}
+
+/// The top of the stack in 64-bit mode if the TLB has the page, taken off it with `more` bytes.
+#[inline(always)]
+pub(super) fn pop_hit(cpu: &mut Core, more: u64, good: impl FnOnce(u64) -> bool) -> Option<u64> {
+    let sp = cpu.st.gpr[4];
+    let value = cpu.hit_read::<u64>(sp).filter(|value| good(*value))?;
+    cpu.st.gpr[4] = sp.wrapping_add(8).wrapping_add(more);
+    Some(value)
+}
+
+fn quick_push(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let done = push_hit(cpu, cpu.reg::<u64>(op.d));
+    thread::done(cpu, op, rest, done)
+}
+
+fn quick_pop(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    match pop_hit(cpu, 0, |_| true) {
+        Some(value) => {
+            cpu.set_reg::<u64>(op.d, value);
+            thread::next(cpu, rest)
+        }
+        None => thread::plain(cpu, op, rest),
+    }
+}
+
+/// See `thread::of`; for 64-bit mode.
+pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
+    match insn.code() {
+        Code::Push_r64 => Some(quick_push),
+        Code::Pop_r64 => Some(quick_pop),
+        _ => None,
     }
 }

@@ -675,6 +675,9 @@ fn store<T: Target, const P: bool>(cpu: &mut Core, op: &Op) -> Exec {
     };
     if goes_on {
         cpu.write_bytes(cpu.set, address, &stored.bytes[..stored.len])?;
+    } else {
+        // Nothing is stored, but where nothing could be stored that is the fault.
+        cpu.probe_write(address, T::BYTES as u64)?;
     }
     let x = &mut cpu.st.x87;
     if empty {

@@ -129,6 +129,12 @@ fn usable(env: &Env) -> bool {
     env.control & (3 << RC_SHIFT | PE << MASK_SHIFT) == PE << MASK_SHIFT
 }
 
+/// Both this and [`sticky`], for MXCSR itself.
+#[inline(always)]
+fn settled(mxcsr: u32) -> bool {
+    mxcsr & (3 << RC_SHIFT | PE << MASK_SHIFT | PE) == PE << MASK_SHIFT | PE
+}
+
 /// PE is set in MXCSR already: exactness makes no difference.
 #[inline(always)]
 fn sticky(env: &Env) -> bool {
@@ -349,16 +355,19 @@ pub(crate) fn apply<O: Operation, F: HostFloat>(env: &mut Env, a: F, b: F) -> F 
     O::soft(env, a, b)
 }
 
-/// All lanes of an operation: together when PE is sticky and every lane allows it, else one by one.
+/// One lane of an operation if its result is sure and MXCSR does not change: rounding to nearest, PE masked and set.
 #[inline(always)]
-pub(crate) fn apply_all<O: Operation, F: HostFloat, const N: usize>(env: &mut Env, a: [F; N], b: [F; N]) -> [F; N] {
-    if usable(env) && sticky(env) {
-        let result: [F; N] = core::array::from_fn(|i| O::host(a[i], b[i]));
-        if (0..N).fold(true, |sure, i| sure & O::sure(a[i], b[i], result[i])) {
-            return result;
-        }
-    }
-    core::array::from_fn(|i| apply::<O, F>(env, a[i], b[i]))
+pub(crate) fn quick<O: Operation, F: HostFloat>(mxcsr: u32, a: F, b: F) -> Option<F> {
+    let result = O::host(a, b);
+    (settled(mxcsr) && O::sure(a, b, result)).then_some(result)
+}
+
+/// All lanes of an operation together, under the same condition for each.
+#[inline(always)]
+pub(crate) fn quick_all<O: Operation, F: HostFloat, const N: usize>(mxcsr: u32, a: [F; N], b: [F; N]) -> Option<[F; N]> {
+    let result: [F; N] = core::array::from_fn(|i| O::host(a[i], b[i]));
+    let sure = (0..N).fold(true, |sure, i| sure & O::sure(a[i], b[i], result[i]));
+    (settled(mxcsr) && sure).then_some(result)
 }
 
 /// The order of `a` and `b`; flags as in [`soft::compare`].
