@@ -441,6 +441,26 @@ fn a_data_breakpoint_hit_by_mov_ss_waits_for_the_next_instruction() {
 }
 
 #[test]
+fn an_x87_store_that_an_exception_prevents_faults_like_any_other() {
+    let mut m = with_tables();
+    // fstp dword [0x300000], where nothing is mapped, of an empty register with invalid operations unmasked.
+    m.code(&[0xd9, 0x1c, 0x25, 0, 0, 0x30, 0]);
+    m.cpu.update(|st| (st.x87.fcw, st.x87.valid) = (0x37e, 0));
+    assert_eq!(expect_vector(&mut m, 14, 2), [2, CODE]);
+    assert_eq!((m.cpu.state().cr2, m.cpu.state().x87.fsw), (0x30_0000, 0));
+}
+
+#[test]
+fn loops_with_a_condition_are_jumps_within_a_block_too() {
+    // mov ecx, 5; xor eax, eax; again: inc eax; cmp eax, 3; loopne again (e0) or loope again (e1)
+    for (opcode, count, left) in [(0xe0, 3, 2), (0xe1, 1, 4)] {
+        let mut m = machine();
+        let st = m.code(&[0xb9, 5, 0, 0, 0, 0x31, 0xc0, 0xff, 0xc0, 0x83, 0xf8, 3, opcode, 0xf9]).run();
+        assert_eq!((st.gpr[0], st.gpr[1]), (count, left), "{opcode:x}");
+    }
+}
+
+#[test]
 fn single_step_and_breakpoints() {
     // TF: #DB after each instruction.
     let mut m = with_tables();

@@ -422,7 +422,8 @@ pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
         (Mnemonic::Movsx | Mnemonic::Movsxd, _) => return quick_from::<true, false>(size, from),
         (Mnemonic::Lea, _) => thread_by_size!(size, quick_lea::<[T]>),
         (Mnemonic::Nop | Mnemonic::Endbr64 | Mnemonic::Endbr32, _) => quick_nop,
-        _ if condition_number(insn).is_none() || insn.is_jcc_short_or_near() || memory => return None,
+        // Jumps have conditions too, LOOPE and LOOPNE among them.
+        _ if condition_number(insn).is_none() || !insn.op0_register().is_gpr() => return None,
         _ if insn.op_count() == 1 => quick_setcc,
         _ => thread_by_size!(size, quick_cmov::<[T]>),
     })
