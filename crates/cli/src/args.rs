@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 use vm_accel::AccelKind;
 use vm_accel_machine::boot::BootKind;
+use vm_accel_machine::cpuid::FeatureMask;
 
 /// Boots guests on KVM, Hypervisor.framework, Windows Hypervisor Platform or a software CPU.
 #[derive(Debug, Parser)]
@@ -43,6 +44,9 @@ pub(crate) struct RunArgs {
     /// Backend: auto, kvm, hvf, whpx, vz or soft. A list (kvm,soft) means the first that works.
     #[arg(long, value_name = "LIST", default_value = "auto")]
     pub(crate) accel: AccelList,
+    /// CPUID features to hide from the guest, such as -x2apic,-smap (x86 guests; a wrong name prints them all).
+    #[arg(long, value_name = "-FEATURE,…", allow_hyphen_values = true)]
+    pub(crate) cpu: Option<FeatureMask>,
     /// Where the serial port leads: stdio, null, or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub(crate) serial: Serial,

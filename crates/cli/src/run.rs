@@ -114,7 +114,12 @@ fn default_cmdline(kind: BootKind, image: &[u8], arch: GuestArch) -> &'static st
 
 /// A new machine with the guest in it.
 fn build(args: &RunArgs, backend: PlatformBackend, guest: &Guest<'_>, serial_file: Option<&File>) -> Result<Machine> {
-    let config = MachineConfig { memory: args.memory.0, cpus: args.cpus, ..MachineConfig::default() };
+    let config = MachineConfig {
+        memory: args.memory.0,
+        cpus: args.cpus,
+        masked: args.cpu.unwrap_or_default(),
+        ..MachineConfig::default()
+    };
     let serial: Box<dyn Write + Send> = match (&args.serial, serial_file) {
         (Serial::Stdio, _) => Box::new(console::Stdout),
         (_, Some(file)) => Box::new(file.try_clone().context("cannot share the serial port's file")?),

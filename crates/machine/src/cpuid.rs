@@ -1,7 +1,10 @@
 //! The CPUID that each CPU of a machine sees: what the backend supports, with the topology of the machine in it.
 //!
-//! The topology is one package of single-threaded cores whose APIC ids count from 0. Features are not touched: which ones a
-//! guest may use is the backend's knowledge. Leaves are those of Intel SDM vol. 2A "CPUID" and AMD APM vol. 3, appendix E.
+//! The topology is one package of single-threaded cores whose APIC ids count from 0. Which features a guest may use is the
+//! backend's knowledge; the user may take some away ([`FeatureMask`]) but add none. Leaves are those of Intel SDM vol. 2A "CPUID" and
+//! AMD APM vol. 3, appendix E.
+
+use std::str::FromStr;
 
 use vm_accel::x86_64::CpuidEntry;
 
@@ -17,6 +20,183 @@ const LEVEL_CORE: u32 = 2 << 8;
 /// Bits of an APIC id that tell `cpus` cores apart.
 fn core_bits(cpus: u32) -> u32 {
     u32::BITS - cpus.saturating_sub(1).leading_zeros()
+}
+
+/// A register of a CPUID answer.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// A feature that can be masked: its name, and the leaf, subleaf, register and bit that say that it is there.
+type Feature = (&'static str, u32, u32, Answer, u32);
+
+/// AMD repeats the low bits of leaf 1, EDX in this leaf; they are not named here.
+const EXTENDED: u32 = 0x8000_0001;
+
+/// What can be masked. The names are QEMU's, which follow Linux' `/proc/cpuinfo`.
+const FEATURES: &[Feature] = &[
+    ("pse", 1, 0, Answer::Edx, 3),
+    ("tsc", 1, 0, Answer::Edx, 4),
+    ("pae", 1, 0, Answer::Edx, 6),
+    ("mce", 1, 0, Answer::Edx, 7),
+    ("cx8", 1, 0, Answer::Edx, 8),
+    ("apic", 1, 0, Answer::Edx, 9),
+    ("sep", 1, 0, Answer::Edx, 11),
+    ("mtrr", 1, 0, Answer::Edx, 12),
+    ("pge", 1, 0, Answer::Edx, 13),
+    ("mca", 1, 0, Answer::Edx, 14),
+    ("cmov", 1, 0, Answer::Edx, 15),
+    ("pat", 1, 0, Answer::Edx, 16),
+    ("pse36", 1, 0, Answer::Edx, 17),
+    ("clflush", 1, 0, Answer::Edx, 19),
+    ("mmx", 1, 0, Answer::Edx, 23),
+    ("fxsr", 1, 0, Answer::Edx, 24),
+    ("sse", 1, 0, Answer::Edx, 25),
+    ("sse2", 1, 0, Answer::Edx, 26),
+    ("sse3", 1, 0, Answer::Ecx, 0),
+    ("pclmulqdq", 1, 0, Answer::Ecx, 1),
+    ("monitor", 1, 0, Answer::Ecx, 3),
+    ("vmx", 1, 0, Answer::Ecx, 5),
+    ("ssse3", 1, 0, Answer::Ecx, 9),
+    ("fma", 1, 0, Answer::Ecx, 12),
+    ("cx16", 1, 0, Answer::Ecx, 13),
+    ("pdcm", 1, 0, Answer::Ecx, 15),
+    ("pcid", 1, 0, Answer::Ecx, 17),
+    ("sse4.1", 1, 0, Answer::Ecx, 19),
+    ("sse4.2", 1, 0, Answer::Ecx, 20),
+    ("x2apic", 1, 0, Answer::Ecx, 21),
+    ("movbe", 1, 0, Answer::Ecx, 22),
+    ("popcnt", 1, 0, Answer::Ecx, 23),
+    ("tsc-deadline", 1, 0, Answer::Ecx, 24),
+    ("aes", 1, 0, Answer::Ecx, 25),
+    ("xsave", 1, 0, Answer::Ecx, 26),
+    ("avx", 1, 0, Answer::Ecx, 28),
+    ("f16c", 1, 0, Answer::Ecx, 29),
+    ("rdrand", 1, 0, Answer::Ecx, 30),
+    ("arat", 6, 0, Answer::Eax, 2),
+    ("fsgsbase", 7, 0, Answer::Ebx, 0),
+    ("tsc-adjust", 7, 0, Answer::Ebx, 1),
+    ("bmi1", 7, 0, Answer::Ebx, 3),
+    ("avx2", 7, 0, Answer::Ebx, 5),
+    ("smep", 7, 0, Answer::Ebx, 7),
+    ("bmi2", 7, 0, Answer::Ebx, 8),
+    ("erms", 7, 0, Answer::Ebx, 9),
+    ("invpcid", 7, 0, Answer::Ebx, 10),
+    ("rtm", 7, 0, Answer::Ebx, 11),
+    ("avx512f", 7, 0, Answer::Ebx, 16),
+    ("rdseed", 7, 0, Answer::Ebx, 18),
+    ("adx", 7, 0, Answer::Ebx, 19),
+    ("smap", 7, 0, Answer::Ebx, 20),
+    ("clflushopt", 7, 0, Answer::Ebx, 23),
+    ("clwb", 7, 0, Answer::Ebx, 24),
+    ("sha-ni", 7, 0, Answer::Ebx, 29),
+    ("umip", 7, 0, Answer::Ecx, 2),
+    ("pku", 7, 0, Answer::Ecx, 3),
+    ("vaes", 7, 0, Answer::Ecx, 9),
+    ("vpclmulqdq", 7, 0, Answer::Ecx, 10),
+    ("la57", 7, 0, Answer::Ecx, 16),
+    ("rdpid", 7, 0, Answer::Ecx, 22),
+    ("pks", 7, 0, Answer::Ecx, 31),
+    ("fsrm", 7, 0, Answer::Edx, 4),
+    ("xsaveopt", 0xd, 1, Answer::Eax, 0),
+    ("xsavec", 0xd, 1, Answer::Eax, 1),
+    ("xgetbv1", 0xd, 1, Answer::Eax, 2),
+    ("xsaves", 0xd, 1, Answer::Eax, 3),
+    ("lahf-lm", EXTENDED, 0, Answer::Ecx, 0),
+    ("svm", EXTENDED, 0, Answer::Ecx, 2),
+    ("abm", EXTENDED, 0, Answer::Ecx, 5),
+    ("sse4a", EXTENDED, 0, Answer::Ecx, 6),
+    ("3dnowprefetch", EXTENDED, 0, Answer::Ecx, 8),
+    ("topoext", EXTENDED, 0, Answer::Ecx, 22),
+    ("syscall", EXTENDED, 0, Answer::Edx, 11),
+    ("nx", EXTENDED, 0, Answer::Edx, 20),
+    ("pdpe1gb", EXTENDED, 0, Answer::Edx, 26),
+    ("rdtscp", EXTENDED, 0, Answer::Edx, 27),
+    ("lm", EXTENDED, 0, Answer::Edx, 29),
+    ("invtsc", 0x8000_0007, 0, Answer::Edx, 8),
+];
+
+// A mask has a bit for each.
+const _: () = assert!(FEATURES.len() <= u128::BITS as usize);
+
+/// CPUID features that a guest is not shown, whatever the backend has.
+///
+/// From a list of names, each behind a minus: `-x2apic,-tsc-deadline`. What else depends on a feature is not masked with it. Whether
+/// instructions of a masked feature still work is the backend's affair: hardware cannot forbid most of them, the software CPU does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FeatureMask(u128);
+
+impl FeatureMask {
+    /// Whether nothing is masked.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The names that can be masked.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        FEATURES.iter().map(|feature| feature.0)
+    }
+
+    /// Clears the bits of the masked features.
+    pub fn apply(self, entries: &mut [CpuidEntry]) {
+        for (_, leaf, subleaf, answer, bit) in self.features() {
+            let of_it = |entry: &&mut CpuidEntry| entry.leaf == leaf && entry.subleaf.unwrap_or(0) == subleaf;
+            for entry in entries.iter_mut().filter(of_it) {
+                let register = match answer {
+                    Answer::Eax => &mut entry.eax,
+                    Answer::Ebx => &mut entry.ebx,
+                    Answer::Ecx => &mut entry.ecx,
+                    Answer::Edx => &mut entry.edx,
+                };
+                *register &= !(1 << bit);
+            }
+        }
+    }
+
+    fn features(self) -> impl Iterator<Item = Feature> {
+        FEATURES.iter().enumerate().filter(move |(index, _)| self.0 >> index & 1 != 0).map(|(_, feature)| *feature)
+    }
+}
+
+/// A list of features that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FeatureMaskError {
+    /// No feature has this name.
+    #[error("no CPU feature is called {name:?}; these can be masked: {}", FeatureMask::names().collect::<Vec<_>>().join(", "))]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// A name without a minus.
+    #[error("features can only be taken away: -{name}")]
+    NoMinus {
+        /// The name.
+        name: String,
+    },
+}
+
+impl FromStr for FeatureMask {
+    type Err = FeatureMaskError;
+
+    fn from_str(text: &str) -> Result<Self, FeatureMaskError> {
+        let mut mask = Self::default();
+        for item in text.split(',') {
+            let name = item.trim_start_matches(['-', '+']);
+            let Some(index) = FEATURES.iter().position(|feature| feature.0 == name) else {
+                return Err(FeatureMaskError::Unknown { name: name.to_owned() });
+            };
+            if item.strip_prefix('-') != Some(name) {
+                return Err(FeatureMaskError::NoMinus { name: name.to_owned() });
+            }
+            mask.0 |= 1 << index;
+        }
+        Ok(mask)
+    }
 }
 
 /// What CPU `cpu` of `cpus` sees, made from what the backend supports.
@@ -155,6 +335,43 @@ mod tests {
         assert_eq!(get(&one, 1, None).edx & EDX_HTT, 0);
         let intel = for_cpu(&supported(b"GenuineIntel"), 0, 4);
         assert_eq!(get(&intel, 0x8000_0008, None).ecx, 0x7f7f);
+    }
+
+    #[test]
+    fn masked_features_are_not_shown_and_nothing_else_changes() {
+        let before: Vec<_> =
+            [1, 7, 0x8000_0001].map(|leaf| entry(leaf, (leaf == 7).then_some(0), [!0, !0, !0, !0])).to_vec();
+        let mut entries = before.clone();
+        let mask: FeatureMask = "-x2apic,-smep,-nx".parse().unwrap();
+        mask.apply(&mut entries);
+        assert_eq!((entries[0].ecx, entries[1].ebx, entries[2].edx), (!(1 << 21), !(1 << 7), !(1 << 20)));
+        (entries[0].ecx, entries[1].ebx, entries[2].edx) = (!0, !0, !0);
+        assert_eq!(entries, before);
+        FeatureMask::default().apply(&mut entries);
+        assert_eq!(entries, before);
+    }
+
+    #[test]
+    fn a_mask_is_a_list_of_known_names_each_behind_a_minus() {
+        assert!(FeatureMask::default().is_empty());
+        for name in FeatureMask::names() {
+            let mask: FeatureMask = format!("-{name}").parse().unwrap();
+            assert_eq!(
+                mask.features().map(|feature| feature.0).collect::<Vec<_>>(),
+                [name],
+                "it is in the table twice"
+            );
+        }
+        let unknown = |name: &str| Err(FeatureMaskError::Unknown { name: name.to_owned() });
+        for (text, name) in
+            [("", ""), ("-", ""), ("-x3apic", "x3apic"), ("-nx,", ""), ("-X2APIC", "X2APIC"), ("- nx", " nx")]
+        {
+            assert_eq!(text.parse::<FeatureMask>(), unknown(name), "{text:?}");
+        }
+        for text in ["x2apic", "+x2apic", "--x2apic", "-nx,x2apic"] {
+            let no_minus = Err(FeatureMaskError::NoMinus { name: "x2apic".to_owned() });
+            assert_eq!(text.parse::<FeatureMask>(), no_minus, "{text:?}");
+        }
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub enum MachineError {
         /// The most that is possible.
         most: u32,
     },
+    /// CPUID features belong to x86.
+    #[error("CPUID features cannot be masked: the guest is not for x86")]
+    NoCpuid,
     /// The guest cannot be put into the machine.
     #[error(transparent)]
     Boot(#[from] BootError),

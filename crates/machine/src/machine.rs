@@ -23,7 +23,7 @@ use crate::boot::{
 };
 use crate::bus::lock;
 use crate::control::{Control, Failure, Outcome};
-use crate::cpuid;
+use crate::cpuid::{self, FeatureMask};
 use crate::devices::acpi_pm::AcpiPm;
 use crate::devices::uart::UartInput;
 use crate::error::MachineError;
@@ -48,12 +48,14 @@ pub struct MachineConfig {
     /// Whose the interrupt controllers are. `None` is the best that the accelerator offers: all its own
     /// ([`IrqChip::Kernel`]), its local APICs with the board's PIC, PIT and I/O APIC ([`IrqChip::Split`]), or none.
     pub irqchip: Option<IrqChip>,
+    /// CPUID features that the guest is not shown; x86-64 guests only.
+    pub masked: FeatureMask,
 }
 
 impl Default for MachineConfig {
-    /// 512 MiB and one CPU.
+    /// 512 MiB and one CPU with everything that the accelerator offers.
     fn default() -> Self {
-        Self { memory: 512 << 20, cpus: 1, irqchip: None }
+        Self { memory: 512 << 20, cpus: 1, irqchip: None, masked: FeatureMask::default() }
     }
 }
 
@@ -99,6 +101,7 @@ pub struct Machine {
     control: Control,
     state: BootState,
     protocol: Protocol,
+    masked: FeatureMask,
 }
 
 /// The board that belongs to the guest's architecture.
@@ -191,6 +194,9 @@ impl Machine {
         guest: &Guest<'_>,
         serial: Box<dyn Write + Send>,
     ) -> Result<Self, MachineError> {
+        if !config.masked.is_empty() {
+            return Err(MachineError::NoCpuid);
+        }
         Self::check_cpus(accel.as_ref(), config.cpus, virt::MAX_CPUS)?;
         let map = virt::memory_map(config.memory, accel.capabilities().guest_phys_bits)?;
         let plan = BootRequest {
@@ -242,6 +248,7 @@ impl Machine {
             control,
             state: plan.state,
             protocol: plan.protocol,
+            masked: config.masked,
         })
     }
 
@@ -295,6 +302,7 @@ impl Machine {
             control,
             state: plan.state,
             protocol: plan.protocol,
+            masked: config.masked,
         })
     }
 
@@ -337,9 +345,9 @@ impl Machine {
     /// threads are joined, and [`serial_input`](Self::serial_input) takes no more.
     #[must_use]
     pub fn run(self, limit: Option<Duration>) -> Outcome {
-        let Self { vcpus, accel, memory, board, control, state, .. } = self;
+        let Self { vcpus, accel, memory, board, control, state, masked, .. } = self;
         let outcome = run_vcpus(vcpus, &board, &control, limit, |vcpu, cpus| match &state {
-            BootState::X86(state) => set_up(vcpu, state, cpus),
+            BootState::X86(state) => set_up(vcpu, state, cpus, masked),
             BootState::Aarch64(regs) => virt::set_up(vcpu, regs),
         });
         board.serial_input().close();
@@ -407,12 +415,14 @@ fn roms(plan: &BootPlan<'_>) -> Result<Vec<(u64, GuestRegion)>, MachineError> {
 }
 
 /// Brings a vCPU into the state in which the guest begins.
-fn set_up(vcpu: &mut dyn VcpuOps, boot: &X86BootState, cpus: u32) -> Result<(), AccelError> {
+fn set_up(vcpu: &mut dyn VcpuOps, boot: &X86BootState, cpus: u32, masked: FeatureMask) -> Result<(), AccelError> {
     let cpu = vcpu.get_id();
     let unsupported = vcpu.unsupported("x86-64 state");
     let x86 = vcpu.as_x86().ok_or(unsupported)?;
     let supported = x86.supported_cpuid()?;
-    x86.set_cpuid(&cpuid::for_cpu(&supported, cpu, cpus))?;
+    let mut entries = cpuid::for_cpu(&supported, cpu, cpus);
+    masked.apply(&mut entries);
+    x86.set_cpuid(&entries)?;
     // Memory types make no difference to a guest without device memory; a backend without this MSR is as good.
     match x86.set_msrs(&[X86Msr { index: MTRR_DEF_TYPE, value: MTRR_WRITE_BACK }]) {
         Ok(()) | Err(AccelError::Msr { .. } | AccelError::Unsupported { .. }) => {}

@@ -67,7 +67,7 @@ fn guest(image: &[u8]) -> Guest<'_> {
 
 fn machine((kind, chip): Place, cpus: u32, image: &[u8], sink: &Sink) -> Machine {
     let accel = Box::new(PlatformBackend::new(kind).unwrap());
-    let config = MachineConfig { memory: 16 << 20, cpus, irqchip: Some(chip) };
+    let config = MachineConfig { memory: 16 << 20, cpus, irqchip: Some(chip), ..MachineConfig::default() };
     Machine::new(accel, &config, &guest(image), Box::new(sink.clone())).unwrap()
 }
 
