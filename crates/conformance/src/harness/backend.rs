@@ -1,48 +1,52 @@
-//! The backends that the suite runs on, as factories. A new backend, or a simulated platform behind an existing one,
-//! joins by one line in [`BACKENDS`].
+//! The backends that a suite runs on, as factories.
 
 use super::watch::Watch;
 use super::{Failure, Outcome};
 use std::sync::Arc;
 use vm_accel::{Accel, AccelKind, Capabilities, PlatformBackend, VcpuResult, probe_kind};
 
-/// A backend that the suite knows.
-pub(crate) struct Backend {
+/// A backend that a suite can run on.
+#[derive(Debug, Clone, Copy)]
+pub struct Backend {
     /// The first part of the names of its tests, and its name in `VM_ACCEL_REQUIRE`.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// What it can do here, or why it cannot be used.
-    pub(crate) probe: fn() -> VcpuResult<Capabilities>,
+    pub probe: fn() -> VcpuResult<Capabilities>,
     /// Creates a virtual machine.
-    pub(crate) create: fn() -> VcpuResult<Box<dyn Accel>>,
+    pub create: fn() -> VcpuResult<Box<dyn Accel>>,
     /// vCPUs may move between threads (HVF binds them).
-    pub(crate) moves_threads: bool,
+    pub moves_threads: bool,
     /// The host's CPU executes the guest.
-    pub(crate) native: bool,
+    pub native: bool,
+    /// The platform has one virtual machine per process (HVF): no two cases on it run at a time.
+    pub serial: bool,
 }
 
 macro_rules! platform {
-    ($name:literal, $kind:ident, $moves_threads:literal, $native:literal) => {
+    ($name:literal, $kind:ident, moves_threads: $moves_threads:literal, native: $native:literal, serial: $serial:literal) => {
         Backend {
             name: $name,
             probe: || probe_kind(AccelKind::$kind),
             create: || Ok(Box::new(PlatformBackend::new(AccelKind::$kind)?)),
             moves_threads: $moves_threads,
             native: $native,
+            serial: $serial,
         }
     };
 }
 
-/// Every backend that has vCPUs.
-pub(crate) const BACKENDS: &[Backend] = &[
-    platform!("kvm", Kvm, true, true),
-    platform!("hvf", Hvf, false, true),
-    platform!("whpx", Whpx, true, true),
-    platform!("soft", Fallback, true, false),
+/// Every backend of the library that has vCPUs.
+#[rustfmt::skip]
+pub const PLATFORM_BACKENDS: &[Backend] = &[
+    platform!("kvm", Kvm, moves_threads: true, native: true, serial: false),
+    platform!("hvf", Hvf, moves_threads: false, native: true, serial: true),
+    platform!("whpx", Whpx, moves_threads: true, native: true, serial: false),
+    platform!("soft", Fallback, moves_threads: true, native: false, serial: false),
 ];
 
 /// What a case gets: the backend on this host.
 pub(crate) struct Host {
-    pub(crate) backend: &'static Backend,
+    pub(crate) backend: Backend,
     pub(crate) caps: Capabilities,
     pub(crate) watch: Arc<Watch>,
 }

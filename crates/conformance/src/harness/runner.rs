@@ -5,13 +5,14 @@
 //! separated by commas) turns a missing backend into a failure.
 
 use super::Failure;
-use super::backend::{BACKENDS, Backend, Host, cpu_is_emulated};
+use super::backend::{Backend, Host, cpu_is_emulated};
 use super::watch::Watch;
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::fmt;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use vm_accel::{Capabilities, GuestArch};
+use vm_accel::{AccelError, Capabilities, GuestArch};
 
 /// What a case returns.
 pub(crate) type Outcome<T = ()> = Result<T, Failure>;
@@ -79,48 +80,114 @@ pub(crate) struct Exception {
     pub(crate) reason: &'static str,
 }
 
-/// What a test program runs.
-pub(crate) struct Suite {
+/// A list of cases.
+pub struct Suite {
     pub(crate) themes: &'static [Theme],
     pub(crate) exceptions: &'static [Exception],
     /// How long a case may take.
     pub(crate) limit: Duration,
 }
 
-/// Runs all themes on all backends.
-pub(crate) fn main(suite: &'static Suite) -> ExitCode {
-    let Suite { themes, exceptions, .. } = suite;
+impl fmt::Debug for Suite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Suite").field("themes", &self.themes.len()).finish_non_exhaustive()
+    }
+}
+
+/// One case on one backend.
+pub struct Test {
+    /// `backend::theme::case`.
+    pub name: String,
+    /// Why it is not to be run: the backend lacks what it needs, or the host provably cannot do it.
+    pub skip: Option<String>,
+    run: Box<dyn FnOnce() -> Result<(), String> + Send>,
+}
+
+impl Test {
+    /// Runs it, under its watchdog.
+    ///
+    /// # Errors
+    /// What differs from what was expected. Some cases panic instead.
+    pub fn run(self) -> Result<(), String> {
+        (self.run)()
+    }
+}
+
+impl fmt::Debug for Test {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Test").field("name", &self.name).field("skip", &self.skip).finish_non_exhaustive()
+    }
+}
+
+/// A backend that cannot be used here.
+#[derive(Debug, Clone)]
+pub struct Absent {
+    /// The backend's name.
+    pub backend: &'static str,
+    /// Why.
+    pub why: AccelError,
+}
+
+/// What there is to run, and what cannot be.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Cases on backends that are there.
+    pub tests: Vec<Test>,
+    /// Backends that are not.
+    pub absent: Vec<Absent>,
+}
+
+/// The cases of `suite` times `backends`.
+///
+/// # Panics
+/// If the table of exceptions names a case that does not exist.
+#[must_use]
+pub fn plan(suite: &'static Suite, backends: &[Backend]) -> Plan {
+    let paths: Vec<_> = suite
+        .themes
+        .iter()
+        .flat_map(|theme| theme.cases.iter().map(|case| format!("{}::{}", theme.name, case.name)))
+        .collect();
+    for Exception { case, .. } in suite.exceptions {
+        assert!(paths.iter().any(|path| path == case), "an exception names a case that does not exist: {case}");
+    }
+    let mut plan = Plan::default();
+    for backend in backends {
+        match (backend.probe)() {
+            Ok(caps) => add_backend(*backend, &caps, suite, &mut plan.tests),
+            Err(why) => plan.absent.push(Absent { backend: backend.name, why }),
+        }
+    }
+    plan
+}
+
+/// A test program that runs `suite` on `backends`, with libtest's command line.
+#[must_use]
+pub fn main(suite: &'static Suite, backends: &[Backend]) -> ExitCode {
     let args = Arguments::from_args();
     let required = std::env::var("VM_ACCEL_REQUIRE").unwrap_or_default();
     let required: Vec<&str> = required.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
     for name in &required {
-        if !BACKENDS.iter().any(|backend| backend.name == *name) {
+        if !backends.iter().any(|backend| backend.name == *name) {
             eprintln!("VM_ACCEL_REQUIRE: the suite knows no backend {name:?}");
             return ExitCode::FAILURE;
         }
     }
-    for exception in *exceptions {
-        let known = themes
-            .iter()
-            .flat_map(|theme| theme.cases.iter().map(|case| format!("{}::{}", theme.name, case.name)))
-            .any(|name| name == exception.case);
-        assert!(known, "the table of exceptions names a case that does not exist: {}", exception.case);
-    }
 
+    let plan = plan(suite, backends);
     let mut trials = Vec::new();
     let mut skips = Vec::new();
-    for backend in BACKENDS {
-        match (backend.probe)() {
-            Ok(caps) => add_backend(backend, &caps, suite, &mut trials, &mut skips),
-            Err(why) => {
-                let required = required.contains(&backend.name);
-                let text = format!("required, but {why}");
-                trials.push(Trial::test(backend.name, move || Err(Failed::from(text))).with_ignored_flag(!required));
-                if !required {
-                    skips.push((backend.name.to_owned(), why.to_string()));
-                }
-            }
+    for Absent { backend, why } in plan.absent {
+        let required = required.contains(&backend);
+        let text = format!("required, but {why}");
+        trials.push(Trial::test(backend, move || Err(Failed::from(text))).with_ignored_flag(!required));
+        if !required {
+            skips.push((backend.to_owned(), why.to_string()));
         }
+    }
+    for Test { name, skip, run } in plan.tests {
+        trials.push(Trial::test(name.clone(), || run().map_err(Failed::from)).with_ignored_flag(skip.is_some()));
+        skips.extend(skip.map(|reason| (name, reason)));
     }
 
     let listing = args.list;
@@ -145,13 +212,7 @@ fn is_selected(args: &Arguments, name: &str) -> bool {
     args.filter.as_ref().is_none_or(hit) && !args.skip.iter().any(hit)
 }
 
-fn add_backend(
-    backend: &'static Backend,
-    caps: &Capabilities,
-    suite: &'static Suite,
-    trials: &mut Vec<Trial>,
-    skips: &mut Vec<(String, String)>,
-) {
+fn add_backend(backend: Backend, caps: &Capabilities, suite: &'static Suite, tests: &mut Vec<Test>) {
     let Suite { themes, exceptions, limit } = suite;
     let holds = |when| match when {
         When::InterpretedRing0 => caps.emulates_ring0 == Some(true),
@@ -161,7 +222,7 @@ fn add_backend(
         for case in theme.cases {
             let path = format!("{}::{}", theme.name, case.name);
             let name = format!("{}::{path}", backend.name);
-            let unmet = case.needs.iter().find(|need| !need.met(backend, caps));
+            let unmet = case.needs.iter().find(|need| !need.met(&backend, caps));
             let skip = match unmet {
                 Some(need) => Some(format!("the backend lacks {need:?} here")),
                 None => exceptions
@@ -169,42 +230,33 @@ fn add_backend(
                     .find(|e| holds(e.when) && e.case == path)
                     .map(|e| format!("{:?}: {}", e.when, e.reason)),
             };
-            let caps = caps.clone();
-            let test_name = name.clone();
-            let test = move || run_case(backend, caps, case, &test_name, *limit);
-            trials.push(Trial::test(name.clone(), test).with_ignored_flag(skip.is_some()));
-            if let Some(reason) = skip {
-                skips.push((name, reason));
-            }
+            let (caps, test_name) = (caps.clone(), name.clone());
+            let run = Box::new(move || run_case(backend, caps, case, &test_name, *limit));
+            tests.push(Test { name, skip, run });
         }
     }
 }
 
 /// Runs a case under its watchdog. A panic is a failure like any other and is left to the test runner.
-fn run_case(
-    backend: &'static Backend,
-    caps: Capabilities,
-    case: &Case,
-    name: &str,
-    limit: Duration,
-) -> Result<(), Failed> {
+fn run_case(backend: Backend, caps: Capabilities, case: &Case, name: &str, limit: Duration) -> Result<(), String> {
     struct Finish(Arc<Watch>);
     impl Drop for Finish {
         fn drop(&mut self) {
             self.0.finish();
         }
     }
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = backend.serial.then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner));
     let watch = Arc::new(Watch::new(limit));
     let host = Host { backend, caps, watch: watch.clone() };
     std::thread::scope(|scope| {
         let guard = watch.clone();
         scope.spawn(move || guard.guard(name));
         let _finish = Finish(watch);
-        let outcome = (case.run)(&host);
-        match outcome {
+        match (case.run)(&host) {
             Ok(()) if host.in_time() => Ok(()),
-            Ok(()) => Err(Failed::from("passed, but only after its deadline")),
-            Err(failure) => Err(Failed::from(failure.0)),
+            Ok(()) => Err("passed, but only after its deadline".to_owned()),
+            Err(failure) => Err(failure.0),
         }
     })
 }
