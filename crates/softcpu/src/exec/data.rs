@@ -423,7 +423,7 @@ pub(super) fn thread(insn: &Instruction) -> Option<Thread> {
         (Mnemonic::Lea, _) => thread_by_size!(size, quick_lea::<[T]>),
         (Mnemonic::Nop | Mnemonic::Endbr64 | Mnemonic::Endbr32, _) => quick_nop,
         // Jumps have conditions too, LOOPE and LOOPNE among them.
-        _ if condition_number(insn).is_none() || !insn.op0_register().is_gpr() => return None,
+        _ if condition_number(insn).is_none() || memory || !insn.op0_register().is_gpr() => return None,
         _ if insn.op_count() == 1 => quick_setcc,
         _ => thread_by_size!(size, quick_cmov::<[T]>),
     })
