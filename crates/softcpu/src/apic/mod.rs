@@ -583,11 +583,13 @@ impl Apic {
         register::highest_bit(&self.regs, IRR).filter(|vector| vector >> 4 > self.processor_priority() >> 4)
     }
 
-    /// The highest requested vector, whether or not the processor priority lets it through: what a CPU that keeps the task
-    /// priority itself is waiting for.
+    /// The highest requested vector that no interrupt in service holds back, whether or not the task priority lets it through: what
+    /// a CPU that keeps the task priority itself is waiting for.
     #[must_use]
     pub fn requested(&self) -> Option<u8> {
-        register::highest_bit(&self.regs, IRR).filter(|_| self.is_software_enabled())
+        let in_service = register::highest_bit(&self.regs, ISR).map_or(0, |vector| vector >> 4);
+        register::highest_bit(&self.regs, IRR)
+            .filter(|vector| self.is_software_enabled() && vector >> 4 > in_service)
     }
 
     /// The CPU takes [`Apic::pending`]: it moves from requested to in service.
