@@ -6,6 +6,7 @@
 
 #[cfg(test)]
 mod abi_tests;
+pub mod features;
 pub mod fields;
 mod values;
 

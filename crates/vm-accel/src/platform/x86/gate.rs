@@ -174,7 +174,7 @@ mod tests {
 
     fn gate(count: &Arc<AtomicU32>) -> Arc<Gate> {
         let count = Arc::clone(count);
-        Gate::new(Box::new(move || drop(count.fetch_add(1, Ordering::SeqCst))), &Arc::default())
+        Gate::new(Box::new(move || _ = count.fetch_add(1, Ordering::SeqCst)), &Arc::default())
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 use vm_accel_softcpu::apic::{Features, Message};
-use vm_accel_softcpu::{Config, CpuidEntry, Ram, RamError, TscMode};
+use vm_accel_softcpu::{Config, Cpu, CpuidEntry, NoBus, Ram, RamError, TscMode};
 
 /// Pages of the software CPU, whatever the host's are.
 pub(crate) const PAGE: u64 = 4096;
@@ -123,13 +123,27 @@ impl<P: Platform> IrqSink for Shared<P> {
     }
 }
 
+/// What CPUID answers on the software CPU without some bits: leaf, index into EAX, EBX, ECX and EDX, bit.
+pub(crate) fn reduced_cpuid(hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
+    let cpu = Cpu::new(0, Config::default(), Ram::new(), Box::new(NoBus));
+    let mut entries = cpu.cpuid().to_vec();
+    for &(leaf, register, bit) in hidden {
+        for entry in entries.iter_mut().filter(|entry| entry.leaf == leaf && entry.subleaf == 0) {
+            let registers = [&mut entry.eax, &mut entry.ebx, &mut entry.ecx, &mut entry.edx];
+            registers.into_iter().skip(register).take(1).for_each(|value| *value &= !(1 << bit));
+        }
+    }
+    entries
+}
+
 /// One virtual machine. The field is behind an `Arc` because vCPUs keep the machine alive.
 #[derive(Debug)]
 pub(crate) struct Machine<P: Platform>(pub(crate) Arc<Shared<P>>);
 
 impl<P: Platform> Machine<P> {
-    /// A machine on a platform that was set up. `tsc_hz` is the frequency of the guests' time-stamp counter, if the platform
-    /// has one of its own; the local APICs then have no TSC-deadline timer, which would need its value at every look.
+    /// A machine on a platform that was set up. `cpuid` is what guests are shown, by default all that the software CPU has;
+    /// the local APICs have what it says. `tsc_hz` is the frequency of the guests' time-stamp counter if the platform has
+    /// one of its own; then no TSC-deadline timer may be shown, which would need the counter's value at every look.
     pub(crate) fn new(platform: P, caps: Capabilities, cpuid: Option<Vec<CpuidEntry>>, tsc_hz: Option<u64>) -> Self {
         let ram = Ram::new();
         let rules = Rules {
@@ -140,6 +154,9 @@ impl<P: Platform> Machine<P> {
             no_execute: false,
         };
         let default = Config::default();
+        let leaf1 =
+            cpuid.as_ref().and_then(|entries| entries.iter().find(|entry| entry.leaf == 1)).map(|entry| entry.ecx);
+        let shows = |bit: u32| leaf1.is_none_or(|ecx| ecx >> bit & 1 != 0);
         Self(Arc::new(Shared {
             slots: Slots::new(Memory { ram: Arc::clone(&ram), platform }, rules),
             ram,
@@ -149,7 +166,8 @@ impl<P: Platform> Machine<P> {
             config: Config { start: Instant::now(), tsc: tsc_hz.map_or(default.tsc, TscMode::Host) },
             features: Features {
                 physical_bits: caps.guest_phys_bits,
-                tsc_deadline: tsc_hz.is_none(),
+                x2apic: shows(21),
+                tsc_deadline: shows(24),
                 ..Features::default()
             },
             caps,

@@ -13,8 +13,10 @@ pub(super) mod machine;
 mod state;
 pub(super) mod vcpu;
 
-pub(super) use machine::{Machine, Shared};
-pub(super) use state::XSAVE_SIZE;
+#[allow(unused_imports, reason = "as for `Left`")]
+pub(super) use machine::{Machine, Shared, reduced_cpuid};
+#[allow(unused_imports, reason = "as above")]
+pub(super) use state::{XSAVE_SIZE, exception};
 
 use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::VcpuResult;

@@ -98,7 +98,7 @@ macro_rules! each_segment {
 }
 
 /// The exception of a vector and an error code, as an event restores it.
-fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
+pub(crate) fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
     let selector = code as u16;
     let plain = [
         Exception::De,
@@ -224,10 +224,13 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
     }
 
     fn msr_indices(&self) -> VcpuResult<Vec<u32>> {
-        Ok(MSRS
-            .into_iter()
-            .filter(|index| *index != TSC_DEADLINE || self.has_apic && self.shared.features.tsc_deadline)
-            .collect())
+        // Which there are depends on CPUID and on the APIC.
+        let has = |index: &u32| {
+            (*index != TSC_DEADLINE || self.has_apic && self.shared.features.tsc_deadline)
+                && self.cpu.borrow_mut().msr(*index).is_some()
+        };
+        self.load(Groups::SYSTEM | Groups::MSR)?;
+        Ok(MSRS.into_iter().filter(has).collect())
     }
 
     fn get_msrs(&self, indices: &[u32]) -> VcpuResult<Vec<X86Msr>> {

@@ -22,9 +22,10 @@ use vm_accel_softcpu::{Bus, Cpu, CpuState, Exit};
 
 /// One vCPU.
 pub(crate) struct SoftVcpu<P: Platform> {
+    // The engine goes first: it uses the machine's memory.
+    pub(super) engine: P::Engine,
     pub(super) shared: Arc<Shared<P>>,
     id: u32,
-    pub(super) engine: P::Engine,
     /// The emulator. Some reads of state (MSRs, translation) change caches of it, hence the cell; nothing holds a borrow
     /// across calls.
     pub(super) cpu: RefCell<Cpu>,
@@ -292,11 +293,13 @@ impl<P: Platform> SoftVcpu<P> {
         gate.leave();
         let left = left?;
         let halted = matches!(left, Left::Exit(Exit::Halted));
+        let shutdown = matches!(left, Left::Exit(Exit::Shutdown));
         let cpu = self.cpu.get_mut();
-        if cpu.state().events.nmi || halted {
+        if cpu.state().events.nmi || halted || shutdown {
             cpu.update(|state| {
+                // It was injected.
                 state.events.nmi = false;
-                state.events.halted = halted;
+                (state.events.halted, state.events.shutdown) = (halted, shutdown);
             });
         }
         if let Some(cr8) = self.engine.cr8().filter(|class| *class != order.cr8) {

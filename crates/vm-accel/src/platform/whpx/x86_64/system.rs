@@ -1,0 +1,40 @@
+//! The platform of the running Windows.
+
+use super::{AccelWhpx, probe_table, unavailable};
+use crate::accel::Capabilities;
+use crate::error::{UnavailableReason, VcpuResult};
+use vm_accel_sys::LoadError;
+use vm_accel_sys::whpx::LIBRARY;
+use vm_accel_sys::whpx::x86_64::WhpApi;
+
+/// The system's table.
+fn table() -> VcpuResult<&'static WhpApi> {
+    WhpApi::system().map_err(|why| {
+        unavailable(match why {
+            LoadError::Function { library, name } => UnavailableReason::FunctionMissing { library, function: name },
+            _ => UnavailableReason::LibraryMissing {
+                library: LIBRARY,
+                hint: "switch on the Windows feature \"Windows Hypervisor Platform\" and restart",
+            },
+        })
+    })
+}
+
+/// What the platform of this Windows can do.
+///
+/// # Errors
+/// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
+pub fn probe() -> VcpuResult<Capabilities> {
+    probe_table(table()?)
+}
+
+impl AccelWhpx {
+    /// Creates a virtual machine without memory, interrupt controllers and vCPUs.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason if this Windows has no such platform,
+    /// [`AccelError::Backend`](crate::AccelError::Backend) if it refuses.
+    pub fn new() -> VcpuResult<Self> {
+        Self::from_table(table()?)
+    }
+}
