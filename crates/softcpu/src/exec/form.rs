@@ -177,6 +177,16 @@ pub(crate) fn segment_number(reg: Register) -> u8 {
     }
 }
 
+/// The segment of the memory operand; `stack`: without a prefix it would be the stack's. In 64-bit mode prefixes for other segments
+/// than FS and GS are ignored (AMD APM vol. 2, 4.5.3), which shows in the exception for an address that is not canonical.
+fn operand_segment(insn: &Instruction, stack: bool, code64: bool) -> u8 {
+    match insn.memory_segment() {
+        named if !code64 || matches!(named, Register::FS | Register::GS) => segment_number(named),
+        _ if stack => seg::SS as u8,
+        _ => seg::DS as u8,
+    }
+}
+
 impl Op {
     /// The operands of `insn` in the uniform layout; `off` is its offset in the block.
     pub(crate) fn new(insn: &Instruction, f: Handler, off: u8, code64: bool) -> Op {
@@ -207,7 +217,7 @@ impl Op {
                 | OpKind::MemorySegDI
                 | OpKind::MemorySegEDI
                 | OpKind::MemorySegRDI => {
-                    op.implicit(kind, segment_number(insn.memory_segment()), code64);
+                    op.implicit(kind, operand_segment(insn, false, code64), code64);
                 }
                 OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI if op.am == 0 => {
                     op.implicit(kind, seg::ES as u8, code64);
@@ -233,7 +243,8 @@ impl Op {
         // A displacement alone in 64-bit mode is sign-extended unless a 67 prefix cut it; iced gives it whole already.
         let address =
             if code64 && base == Register::None && insn.memory_index() == Register::None { 8 } else { address };
-        self.address_mode(address, segment_number(insn.memory_segment()), code64);
+        let stack = matches!(base.full_register(), Register::RSP | Register::RBP);
+        self.address_mode(address, operand_segment(insn, stack, code64), code64);
     }
 
     /// The source or destination of a string instruction: `b` is unused, the handler knows the register.

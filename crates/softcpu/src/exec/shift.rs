@@ -227,7 +227,11 @@ pub(super) fn thread(insn: &Instruction, dead: bool) -> Option<Thread> {
     let size = size0(insn);
     macro_rules! pick {
         ($op:ident) => {
-            if dead { thread_by_size!(size, quick::<[T], $op, false>) } else { thread_by_size!(size, quick::<[T], $op, true>) }
+            if dead {
+                thread_by_size!(size, quick::<[T], $op, false>)
+            } else {
+                thread_by_size!(size, quick::<[T], $op, true>)
+            }
         };
     }
     Some(match insn.mnemonic() {

@@ -30,8 +30,6 @@ trait Lane: HostFloat {
     fn load(cpu: &mut Core, op: &Op) -> Exec<Self>;
     /// The memory operand if the TLB has it at hand.
     fn hit(cpu: &Core, op: &Op) -> Option<Self>;
-    /// An operation on all lanes; see `host::quick_all`.
-    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128>;
 }
 
 impl Lane for F32 {
@@ -56,13 +54,6 @@ impl Lane for F32 {
     fn hit(cpu: &Core, op: &Op) -> Option<Self> {
         cpu.hit_load::<u32, false>(op).map(F32)
     }
-
-    #[inline(always)]
-    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128> {
-        let split = |v| std::array::from_fn::<_, 4, _>(|i| F32::get(v, i));
-        let result = host::quick_all::<O, F32, 4>(mxcsr, split(a), split(b))?;
-        Some(lanes(|i| result[i]))
-    }
 }
 
 impl Lane for F64 {
@@ -86,13 +77,6 @@ impl Lane for F64 {
     #[inline(always)]
     fn hit(cpu: &Core, op: &Op) -> Option<Self> {
         cpu.hit_load::<u64, false>(op).map(F64)
-    }
-
-    #[inline(always)]
-    fn quick_all<O: Operation>(mxcsr: u32, a: u128, b: u128) -> Option<u128> {
-        let split = |v| std::array::from_fn::<_, 2, _>(|i| F64::get(v, i));
-        let result = host::quick_all::<O, F64, 2>(mxcsr, split(a), split(b))?;
-        Some(lanes(|i| result[i]))
     }
 }
 
@@ -641,7 +625,7 @@ fn quick_scalar<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op, r
 fn quick_packed<O: Operation, F: Lane, const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
     let b = if M { cpu.hit_load::<u128, true>(op) } else { Some(cpu.xmm(op.s)) };
     let a = cpu.xmm(op.d);
-    match b.and_then(|b| F::quick_all::<O>(cpu.st.mxcsr, a, b)) {
+    match b.and_then(|b| host::quick_all::<O, F>(cpu.st.mxcsr, a, b)) {
         Some(result) => {
             cpu.set_xmm(op.d, result);
             thread::next(cpu, rest)

@@ -12,6 +12,13 @@ use super::{DAZ, Env, F32, F64, MASK_SHIFT, PE, RC_SHIFT, arith, compare as soft
 
 /// A format that the host computes in.
 pub(crate) trait HostFloat: Float {
+    /// A one in each of the lanes that 64 bits hold.
+    const ONES: u64;
+    /// The signs of these lanes.
+    const SIGNS: u64;
+    /// The smallest normal magnitude in each.
+    const NORMAL: u64 = Self::ONES << (Self::PRECISION - 1);
+
     /// The host's type.
     type Native: Copy
         + PartialOrd
@@ -20,6 +27,14 @@ pub(crate) trait HostFloat: Float {
         + core::ops::Mul<Output = Self::Native>
         + core::ops::Div<Output = Self::Native>;
 
+    /// As the lowest lane of 64 bits.
+    fn bits(self) -> u64;
+    /// An operation of the host's on each of the lanes that 64 bits hold.
+    fn host_lanes<O: Operation>(a: u64, b: u64) -> u64;
+    /// Whether each lane of `r`, which is sure, is exact.
+    fn exact_lanes<O: Operation>(a: u64, b: u64, r: u64) -> bool;
+    /// Whether `r` is exactly `a * b`, given that it is that rounded.
+    fn exact_product(a: Self, b: Self, r: Self) -> bool;
     /// As the host's type.
     fn native(self) -> Self::Native;
     /// From the host's type.
@@ -41,8 +56,37 @@ pub(crate) trait HostFloat: Float {
     fn integer(self) -> u64;
 }
 
+/// The two lanes of 64 bits.
+#[inline(always)]
+fn two(v: u64) -> [F32; 2] {
+    [F32(v as u32), F32((v >> 32) as u32)]
+}
+
 impl HostFloat for F32 {
+    const ONES: u64 = 1 << 32 | 1;
+    const SIGNS: u64 = Self::ONES << 31;
+
     type Native = f32;
+
+    #[inline(always)]
+    fn bits(self) -> u64 {
+        u64::from(self.0)
+    }
+    #[inline(always)]
+    fn host_lanes<O: Operation>(a: u64, b: u64) -> u64 {
+        let ([a, x], [b, y]) = (two(a), two(b));
+        O::host(a, b).bits() | O::host(x, y).bits() << 32
+    }
+    #[inline(always)]
+    fn exact_lanes<O: Operation>(a: u64, b: u64, r: u64) -> bool {
+        let ([a, x], [b, y], [r, s]) = (two(a), two(b), two(r));
+        O::exact(a, b, r) & O::exact(x, y, s)
+    }
+    #[inline(always)]
+    fn exact_product(a: F32, b: F32, r: F32) -> bool {
+        // A double holds every product of two singles.
+        f64::from(a.native()) * f64::from(b.native()) == f64::from(r.native())
+    }
 
     #[inline(always)]
     fn native(self) -> f32 {
@@ -83,7 +127,29 @@ impl HostFloat for F32 {
 }
 
 impl HostFloat for F64 {
+    const ONES: u64 = 1;
+    const SIGNS: u64 = 1 << 63;
+
     type Native = f64;
+
+    #[inline(always)]
+    fn bits(self) -> u64 {
+        self.0
+    }
+    #[inline(always)]
+    fn host_lanes<O: Operation>(a: u64, b: u64) -> u64 {
+        O::host(F64(a), F64(b)).0
+    }
+    #[inline(always)]
+    fn exact_lanes<O: Operation>(a: u64, b: u64, r: u64) -> bool {
+        O::exact(F64(a), F64(b), F64(r))
+    }
+    #[inline(always)]
+    fn exact_product(a: F64, b: F64, r: F64) -> bool {
+        // The product of two p-bit integers has 2p - 1 bits, or one more when the exponent of the result says so.
+        let excess = F64::PRECISION as i32 - 1 + r.exponent() + F64::EMAX - a.exponent() - b.exponent();
+        r.is_zero() || (trailing(a) + trailing(b)) as i32 >= excess
+    }
 
     #[inline(always)]
     fn native(self) -> f64 {
@@ -125,20 +191,14 @@ impl HostFloat for F64 {
 
 /// Rounding is to nearest and PE is masked.
 #[inline(always)]
-fn usable(env: &Env) -> bool {
-    env.control & (3 << RC_SHIFT | PE << MASK_SHIFT) == PE << MASK_SHIFT
-}
-
-/// Both this and [`sticky`], for MXCSR itself.
-#[inline(always)]
-fn settled(mxcsr: u32) -> bool {
-    mxcsr & (3 << RC_SHIFT | PE << MASK_SHIFT | PE) == PE << MASK_SHIFT | PE
+fn usable(mxcsr: u32) -> bool {
+    mxcsr & (3 << RC_SHIFT | PE << MASK_SHIFT) == PE << MASK_SHIFT
 }
 
 /// PE is set in MXCSR already: exactness makes no difference.
 #[inline(always)]
-fn sticky(env: &Env) -> bool {
-    env.control & PE != 0
+fn sticky(mxcsr: u32) -> bool {
+    mxcsr & PE != 0
 }
 
 /// Finite, and far enough above the denormals that no rounding of anything tiny can have made it.
@@ -151,6 +211,44 @@ fn ordinary<F: HostFloat>(value: F) -> bool {
 #[inline(always)]
 fn no_denormal<F: HostFloat>(value: F) -> bool {
     value.exponent() != 0 || value.is_zero()
+}
+
+// Lanes side by side in 64 bits: the answer is in the sign bit of each lane, other bits mean nothing.
+
+/// The magnitudes of lanes.
+#[inline(always)]
+fn magnitudes<F: HostFloat>(v: u64) -> u64 {
+    v & !F::SIGNS
+}
+
+/// Where a magnitude is at least `least`: the sum has its top bit set, and none leaves its lane.
+#[inline(always)]
+fn at_least<F: HostFloat>(magnitudes: u64, least: u64) -> u64 {
+    magnitudes + (F::SIGNS - least)
+}
+
+/// Where a magnitude is not zero.
+#[inline(always)]
+fn not_zero<F: HostFloat>(magnitudes: u64) -> u64 {
+    at_least::<F>(magnitudes, F::ONES)
+}
+
+/// Where a magnitude is that of a denormal.
+#[inline(always)]
+fn denormal<F: HostFloat>(magnitudes: u64) -> u64 {
+    not_zero::<F>(magnitudes) & !at_least::<F>(magnitudes, F::NORMAL)
+}
+
+/// Where a magnitude is that of an infinity or a NaN.
+#[inline(always)]
+fn special<F: HostFloat>(magnitudes: u64) -> u64 {
+    at_least::<F>(magnitudes, F::NORMAL * F::SPECIAL as u64)
+}
+
+/// Where a magnitude is so small that the rounding of something tiny may have made it.
+#[inline(always)]
+fn small<F: HostFloat>(magnitudes: u64) -> u64 {
+    !at_least::<F>(magnitudes, 2 * F::NORMAL)
 }
 
 /// Trailing zeros of the significand.
@@ -170,8 +268,9 @@ fn is_product<F: HostFloat>(a: F, b: F, c: F) -> bool {
 pub(crate) trait Operation {
     /// What the host makes of it.
     fn host<F: HostFloat>(a: F, b: F) -> F;
-    /// Whether `r`, made by the host, is what the guest gets, with no flag but perhaps PE.
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool;
+    /// Where `r`, made by the host, is not surely what the guest gets with no flag but perhaps PE: in the sign bits of lanes, and
+    /// nowhere in a lane of zeros.
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64;
     /// Whether `r`, which is sure, is exact.
     fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool;
     /// The operation in integer code.
@@ -200,9 +299,10 @@ impl Operation for Add {
         F::from_native(a.native() + b.native())
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
+        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
         // A sum that is zero is exact, and nearest agrees on its sign.
-        no_denormal(a) & no_denormal(b) & (ordinary(r) | r.is_zero())
+        denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | small::<F>(r) & not_zero::<F>(r)
     }
     #[inline(always)]
     fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
@@ -223,8 +323,8 @@ impl Operation for Sub {
         F::from_native(a.native() - b.native())
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
-        Add::sure(a, b, r)
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
+        Add::unsure::<F>(a, b, r)
     }
     #[inline(always)]
     fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
@@ -244,15 +344,14 @@ impl Operation for Mul {
         F::from_native(a.native() * b.native())
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
-        let zero = (a.is_zero() | b.is_zero()) & r.is_zero();
-        no_denormal(a) & no_denormal(b) & (ordinary(r) | zero)
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
+        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
+        let vanished = small::<F>(r) & not_zero::<F>(a) & not_zero::<F>(b);
+        denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | vanished
     }
     #[inline(always)]
     fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
-        // The product of two p-bit integers has 2p - 1 bits, or one more when the exponent of the result says so.
-        let excess = F::PRECISION as i32 - 1 + r.exponent() + F::EMAX - a.exponent() - b.exponent();
-        r.is_zero() || (trailing(a) + trailing(b)) as i32 >= excess
+        F::exact_product(a, b, r)
     }
     fn soft<F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
         let (a, b) = (a.operand(env), b.operand(env));
@@ -266,9 +365,9 @@ impl Operation for Div {
         F::from_native(a.native() / b.native())
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
-        let zero = a.is_zero() & r.is_zero();
-        no_denormal(a) & no_denormal(b) & (ordinary(r) | zero)
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
+        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
+        denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | small::<F>(r) & not_zero::<F>(a)
     }
     #[inline(always)]
     fn exact<F: HostFloat>(a: F, b: F, r: F) -> bool {
@@ -286,8 +385,8 @@ impl Operation for Sqrt {
         F::from_native(F::native_sqrt(b.native()))
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(_: F, b: F, r: F) -> bool {
-        no_denormal(b) & (ordinary(r) | r.is_zero())
+    fn unsure<F: HostFloat>(_: u64, b: u64, r: u64) -> u64 {
+        Add::unsure::<F>(0, b, r)
     }
     #[inline(always)]
     fn exact<F: HostFloat>(_: F, b: F, r: F) -> bool {
@@ -304,11 +403,11 @@ impl Operation for Min {
         if a.native() < b.native() { a } else { b }
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, _: F) -> bool {
-        // A number equals itself.
-        #[allow(clippy::eq_op, reason = "NaNs are what it finds")]
-        let ordered = (a.native() == a.native()) & (b.native() == b.native());
-        no_denormal(a) & no_denormal(b) & ordered
+    fn unsure<F: HostFloat>(a: u64, b: u64, _: u64) -> u64 {
+        let [a, b] = [a, b].map(magnitudes::<F>);
+        let infinity = F::NORMAL * F::SPECIAL as u64;
+        let nan = at_least::<F>(a, infinity + F::ONES) | at_least::<F>(b, infinity + F::ONES);
+        denormal::<F>(a) | denormal::<F>(b) | nan
     }
     #[inline(always)]
     fn exact<F: HostFloat>(_: F, _: F, _: F) -> bool {
@@ -325,8 +424,8 @@ impl Operation for Max {
         if a.native() > b.native() { a } else { b }
     }
     #[inline(always)]
-    fn sure<F: HostFloat>(a: F, b: F, r: F) -> bool {
-        Min::sure(a, b, r)
+    fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
+        Min::unsure::<F>(a, b, r)
     }
     #[inline(always)]
     fn exact<F: HostFloat>(_: F, _: F, _: F) -> bool {
@@ -346,28 +445,29 @@ fn select<F: HostFloat>(env: &mut Env, a: F, b: F, first: Ordering) -> F {
 /// One lane of an operation.
 #[inline(always)]
 pub(crate) fn apply<O: Operation, F: HostFloat>(env: &mut Env, a: F, b: F) -> F {
-    if usable(env) {
-        let result = O::host(a, b);
-        if O::sure(a, b, result) && (sticky(env) || O::exact(a, b, result)) {
-            return result;
-        }
+    match quick::<O, F>(env.control, a, b) {
+        Some(result) => result,
+        None => O::soft(env, a, b),
     }
-    O::soft(env, a, b)
 }
 
-/// One lane of an operation if its result is sure and MXCSR does not change: rounding to nearest, PE masked and set.
+/// One lane of an operation if MXCSR allows the short cut and the result needs no flag that is not set.
 #[inline(always)]
 pub(crate) fn quick<O: Operation, F: HostFloat>(mxcsr: u32, a: F, b: F) -> Option<F> {
-    let result = O::host(a, b);
-    (settled(mxcsr) && O::sure(a, b, result)).then_some(result)
+    let r = O::host(a, b);
+    let sure = O::unsure::<F>(a.bits(), b.bits(), r.bits()) & F::SIGNS == 0;
+    (usable(mxcsr) && sure && (sticky(mxcsr) || O::exact(a, b, r))).then_some(r)
 }
 
-/// All lanes of an operation together, under the same condition for each.
+/// All lanes of a register together, under the same condition for each.
 #[inline(always)]
-pub(crate) fn quick_all<O: Operation, F: HostFloat, const N: usize>(mxcsr: u32, a: [F; N], b: [F; N]) -> Option<[F; N]> {
-    let result: [F; N] = core::array::from_fn(|i| O::host(a[i], b[i]));
-    let sure = (0..N).fold(true, |sure, i| sure & O::sure(a[i], b[i], result[i]));
-    (settled(mxcsr) && sure).then_some(result)
+pub(crate) fn quick_all<O: Operation, F: HostFloat>(mxcsr: u32, a: u128, b: u128) -> Option<u128> {
+    let halves = |v: u128| [v as u64, (v >> 64) as u64];
+    let ([a, x], [b, y]) = (halves(a), halves(b));
+    let (r, s) = (F::host_lanes::<O>(a, b), F::host_lanes::<O>(x, y));
+    let sure = (O::unsure::<F>(a, b, r) | O::unsure::<F>(x, y, s)) & F::SIGNS == 0;
+    let exact = || F::exact_lanes::<O>(a, b, r) & F::exact_lanes::<O>(x, y, s);
+    (usable(mxcsr) && sure && (sticky(mxcsr) || exact())).then_some(u128::from(s) << 64 | u128::from(r))
 }
 
 /// The order of `a` and `b`; flags as in [`soft::compare`].
@@ -387,7 +487,7 @@ pub(crate) fn compare<F: HostFloat>(env: &mut Env, a: F, b: F, signaling: bool) 
 #[inline(always)]
 pub(crate) fn int_to_float<F: HostFloat>(env: &mut Env, value: i64) -> F {
     // Integers of at most the precision are exact in every rounding mode.
-    if value.unsigned_abs() >> F::PRECISION == 0 || usable(env) && sticky(env) {
+    if value.unsigned_abs() >> F::PRECISION == 0 || usable(env.control) && sticky(env.control) {
         return F::from_native(F::native_from(value));
     }
     convert::int_to_float(env, value)
@@ -397,12 +497,12 @@ pub(crate) fn int_to_float<F: HostFloat>(env: &mut Env, value: i64) -> F {
 #[inline(always)]
 pub(crate) fn float_to_int<F: HostFloat>(env: &mut Env, a: F, bits: u32, truncate: bool) -> i64 {
     let masked = env.control & PE << MASK_SHIFT != 0;
-    if masked && (truncate || usable(env)) && no_denormal(a) {
+    if masked && (truncate || usable(env.control)) && no_denormal(a) {
         let x = a.native();
         let magnitude = F::from_native(x).exponent() - F::EMAX;
         if magnitude < bits as i32 - 2 {
             let whole = if truncate { F::native_to_int(x) } else { F::native_to_int(F::native_round(x)) };
-            if sticky(env) || F::native_from(whole) == x {
+            if sticky(env.control) || F::native_from(whole) == x {
                 return whole;
             }
         }
@@ -428,10 +528,10 @@ pub(crate) fn widen(env: &mut Env, a: F32) -> F64 {
 /// CVTSD2SS.
 #[inline(always)]
 pub(crate) fn narrow(env: &mut Env, a: F64) -> F32 {
-    if usable(env) {
+    if usable(env.control) {
         let x = a.native();
         let narrow = F32::from_native(x as f32);
-        if ordinary(narrow) && (sticky(env) || f64::from(narrow.native()) == x) {
+        if ordinary(narrow) && (sticky(env.control) || f64::from(narrow.native()) == x) {
             return narrow;
         }
     }
