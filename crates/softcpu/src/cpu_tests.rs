@@ -461,6 +461,32 @@ fn loops_with_a_condition_are_jumps_within_a_block_too() {
 }
 
 #[test]
+fn addresses_that_are_not_canonical_fault_by_segment() {
+    let edge = 0x7fff_ffff_fffe;
+    let high = 1 << 62;
+    for (code, register, value, vector) in [
+        // mov eax, [rbx], the same with the prefix for SS, which is ignored; lodsb with it.
+        (&[0x8b, 0x03][..], 3, high, 13),
+        (&[0x36, 0x8b, 0x03], 3, high, 13),
+        (&[0x36, 0xac], 6, high, 13),
+        // mov eax, [rbp + 0], the same with the prefix for DS.
+        (&[0x8b, 0x45, 0], 5, high, 12),
+        (&[0x3e, 0x8b, 0x45, 0], 5, high, 12),
+        // Bytes that reach over the edge of the lower half, whose last page is not mapped either: MOV both ways, LEAVE, ADD, FSTP m80.
+        (&[0x8b, 0x03], 3, edge, 13),
+        (&[0x89, 0x03], 3, edge, 13),
+        (&[0xc9], 5, edge, 12),
+        (&[0x01, 0x03], 3, edge, 13),
+        (&[0xdb, 0x3b], 3, edge, 13),
+    ] {
+        let mut m = with_tables();
+        m.code(code);
+        m.cpu.update(|st| st.gpr[register] = value);
+        assert_eq!(expect_vector(&mut m, vector, 2), [0, CODE], "{code:02x?}");
+    }
+}
+
+#[test]
 fn single_step_and_breakpoints() {
     // TF: #DB after each instruction.
     let mut m = with_tables();

@@ -7,7 +7,7 @@
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::core::Core;
+use crate::core::{Core, Trap};
 use crate::exception::Exception;
 use crate::exec::form::Word;
 use crate::exec::{AM_16, AM_32, AM_LONG, Exec, Op};
@@ -234,10 +234,15 @@ impl Core {
         self.write_bytes(set, lin, bytes)
     }
 
-    /// The parts of an access that lie in one page each.
-    fn split(&self, lin: u64, len: usize) -> (usize, u64) {
+    /// The parts of an access that lie in one page each: the length of the first, where the second is.
+    fn split(&mut self, lin: u64, len: usize) -> Exec<(usize, u64)> {
         let first = (0x1000 - (lin & 0xfff) as usize).min(len);
-        (first, self.wrap(lin.wrapping_add(first as u64)))
+        let second = self.wrap(lin.wrapping_add(first as u64));
+        // Every byte must have a canonical address, and that is found out before any of them is translated.
+        if first < len && self.long_mode() && !canonical(second) {
+            return self.trap(Trap::NonCanonical(second));
+        }
+        Ok((first, second))
     }
 
     /// A linear address: 32 bits wide outside 64-bit mode.
@@ -248,7 +253,7 @@ impl Core {
 
     /// Reads up to 4096 bytes; devices see accesses of at most eight.
     pub(crate) fn read_bytes(&mut self, set: Set, lin: u64, bytes: &mut [u8]) -> Exec {
-        let (first, second) = self.split(lin, bytes.len());
+        let (first, second) = self.split(lin, bytes.len())?;
         self.watch(lin, bytes.len() as u64, false);
         let places = [self.place(set, lin, first as u64, false)?, {
             if first < bytes.len() {
@@ -281,7 +286,7 @@ impl Core {
 
     /// Writes up to 4096 bytes, all or (on a fault) none.
     pub(crate) fn write_bytes(&mut self, set: Set, lin: u64, bytes: &[u8]) -> Exec {
-        let (first, second) = self.split(lin, bytes.len());
+        let (first, second) = self.split(lin, bytes.len())?;
         self.watch(lin, bytes.len() as u64, true);
         let places = [self.place(set, lin, first as u64, true)?, {
             if first < bytes.len() { self.place(set, second, (bytes.len() - first) as u64, true)? } else { Place::None }
@@ -337,7 +342,7 @@ impl Core {
     /// Checks that `len` bytes at `lin` can be written, and raises what a write would raise. For instructions that store twice.
     pub(crate) fn probe_write(&mut self, lin: u64, len: u64) -> Exec {
         let set = self.set;
-        let (first, second) = self.split(lin, len as usize);
+        let (first, second) = self.split(lin, len as usize)?;
         self.place(set, lin, first as u64, true)?;
         if (first as u64) < len {
             self.place(set, second, len - first as u64, true)?;
