@@ -206,6 +206,11 @@ impl Vp {
             memory.gate.leave();
             match exit {
                 Exit::Kicked | Exit::Budget => {}
+                // HLT leaves where there is no APIC to wake the processor, whatever else could be done then.
+                Exit::InterruptWindow if !inner.has_apic && inner.cpu.state().events.halted => {
+                    inner.describe(Exit::Halted, memory, context);
+                    return Ok(());
+                }
                 // The window was for an interrupt that waits in here, or is noticed in `notify`.
                 Exit::InterruptWindow => {}
                 Exit::Halted if inner.has_apic => {
