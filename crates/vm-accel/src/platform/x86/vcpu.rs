@@ -236,9 +236,16 @@ impl<P: Platform> SoftVcpu<P> {
         }
         if self.held.get().contains(Groups::EVENTS) {
             let there = self.there.get_mut().events;
-            events = self.cpu.get_mut().state().events;
-            if events.exception.is_some() && events.exception != there.exception {
-                // The VMM's (a restored state): not worth a way through the platform.
+            // The VMM's (a restored state): what is new in delivery although the guest could not take it is not worth a way
+            // through the platform.
+            loop {
+                let state = self.cpu.get_mut().state();
+                let closed = state.rflags & rflags::IF == 0 || state.events.sti_shadow || state.events.mov_ss_shadow;
+                let fault = state.events.exception.is_some() && state.events.exception != there.exception;
+                let late = state.events.interrupt.is_some() && state.events.interrupt != there.interrupt && closed;
+                if !fault && !late {
+                    break;
+                }
                 self.load(Groups::all())?;
                 if let Some(exit) = self.cpu.get_mut().deliver_event() {
                     return Ok(Some(exit));

@@ -147,6 +147,13 @@ impl Engine for Processor {
         self.extras[CR8] = Some(context.cr8().into());
         #[allow(non_upper_case_globals, reason = "the platform's names")]
         Ok(match context.reason() {
+            // Memory that is mapped but was not there when an event was delivered: the platform tries again.
+            WHvRunVpExitReasonMemoryAccess
+                if context.execution_state().interruption_pending() != 0
+                    && context.memory_access().0.gpa_unmapped() == 0 =>
+            {
+                Left::Again
+            }
             // What the instruction does besides the access may be with any register.
             WHvRunVpExitReasonMemoryAccess => Left::Emulate(Groups::FPU | Groups::DEBUG),
             WHvRunVpExitReasonX64IoPortAccess | WHvRunVpExitReasonX64Cpuid | WHvRunVpExitReasonHypercall => {
