@@ -105,7 +105,8 @@ pub enum AccelError {
         /// The platform's flags.
         flags: u64,
     },
-    /// The host's operating system refused something that is not the hypervisor's (mapping memory, a file, a thread).
+    /// The host's operating system refused something that is not the hypervisor's (mapping memory, a file, a thread), or that
+    /// concerns a machine as a whole ([`WholeVm`](crate::WholeVm)).
     #[error("{op} failed: {message}")]
     Host {
         /// The operation.
@@ -268,6 +269,11 @@ pub enum UnavailableReason {
         /// What the user can do.
         hint: &'static str,
     },
+    /// The platform has one virtual machine per process, and there is one.
+    #[error(
+        "this process has a virtual machine on it already (the platform allows one), or a vCPU of the last one waits for its thread to end"
+    )]
+    InUse,
     /// The executable is not signed with the entitlement that the platform asks for.
     #[error("the executable lacks the entitlement {entitlement}; sign it with codesign --entitlements")]
     EntitlementMissing {

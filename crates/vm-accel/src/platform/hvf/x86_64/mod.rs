@@ -1,1 +1,315 @@
 //! Hypervisor.framework on Intel Macs.
+//!
+//! The framework is a thin door to VMX: a vCPU is a VMCS, and what an exit leaves undone is undone. Our emulator finishes it
+//! (see the shared x86 layer); interrupts, CPUID and the local APIC are ours, too. What is here: the VM and its memory (this file),
+//! the VMCS's set-up and exits (`vcpu.rs`), and the way of registers (`state.rs`).
+//!
+//! A vCPU of the framework belongs to the thread that creates it. So ours is created at its first entry: a VMM may set
+//! it up on one thread and run it on another, which owns it from then on. Other threads get
+//! [`AccelError::WrongThread`]; dropped elsewhere, a vCPU waits for its thread (`thread.rs`).
+//!
+//! One virtual machine per process, one vCPU per thread: the framework's rules. Never run on hardware by this project so far;
+//! the simulator holds it to the documentation.
+
+mod state;
+#[cfg(all(target_os = "macos", target_arch = "x86_64"))]
+mod system;
+mod vcpu;
+
+#[cfg(all(target_os = "macos", target_arch = "x86_64"))]
+pub use system::probe;
+
+use super::{check, unavailable};
+use crate::accel::{AccelKind, Capabilities, MemoryFlags};
+use crate::error::{AccelError, UnavailableReason, VcpuResult};
+use crate::memory::GuestRegion;
+use crate::platform::fallback;
+use crate::platform::soft_apic::lock;
+use crate::platform::x86::machine::{PAGE, impl_accel};
+use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use vcpu::{Controls, VmxVcpu};
+use vm_accel_softcpu::{CpuidEntry, Ram};
+use vm_accel_sys::hvf::memory;
+use vm_accel_sys::hvf::x86_64::{HvfX86Api, capability, cpu_based};
+
+/// What the framework does not tell about the host.
+#[derive(Clone, Copy)]
+struct Host {
+    /// CPUID of a leaf and subleaf as the host's processor answers; `None` if the guest's processor has all that our
+    /// emulator has.
+    cpuid: Option<fn(u32, u32) -> [u32; 4]>,
+    /// Frequency of the time-stamp counter.
+    tsc_hz: u64,
+}
+
+/// One virtual machine on Hypervisor.framework.
+#[derive(Debug)]
+pub struct AccelHvf {
+    machine: Machine<Hvf>,
+}
+
+impl_accel!(AccelHvf);
+
+#[cfg(feature = "sim")]
+impl AccelHvf {
+    /// A simulated processor: the emulator's.
+    const SIMULATED: Host = Host { cpuid: None, tsc_hz: 1_000_000_000 };
+
+    /// Creates a virtual machine on a table that a simulator filled.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`] with the reason.
+    pub fn with_api(api: &'static HvfX86Api) -> VcpuResult<Self> {
+        Self::create(api, Self::SIMULATED)
+    }
+
+    /// What a simulated platform can do.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`] with the reason.
+    pub fn probe_with(api: &'static HvfX86Api) -> VcpuResult<Capabilities> {
+        Self::examine(api, Self::SIMULATED)
+    }
+}
+
+impl AccelHvf {
+    fn create(api: &'static HvfX86Api, host: Host) -> VcpuResult<Self> {
+        let controls = Controls::new(api)?;
+        let caps = capabilities(api, host, &controls);
+        let cpuid = guest_cpuid(host, controls.has_rdtscp());
+        let vm = Arc::new(Vm::create(api)?);
+        let platform = Hvf { vm, controls, knows_time: AtomicBool::new(false) };
+        Ok(Self { machine: Machine::new(platform, caps, Some(cpuid), Some(host.tsc_hz)) })
+    }
+
+    fn examine(api: &'static HvfX86Api, host: Host) -> VcpuResult<Capabilities> {
+        let controls = Controls::new(api)?;
+        match Vm::create(api) {
+            // In use is available.
+            Ok(_) | Err(AccelError::Unavailable { reason: UnavailableReason::InUse, .. }) => {
+                Ok(capabilities(api, host, &controls))
+            }
+            Err(why) => Err(why),
+        }
+    }
+}
+
+/// What the framework offers with these controls.
+fn capabilities(api: &HvfX86Api, host: Host, controls: &Controls) -> Capabilities {
+    let soft = fallback::capabilities();
+    let mut max_vcpus = 0;
+    if let Some(hv_capability) = api.hv_capability {
+        // SAFETY: the pointer is that of a local variable.
+        if unsafe { hv_capability(capability::VCPU_MAX, &mut max_vcpus) } != 0 {
+            max_vcpus = 0;
+        }
+    }
+    // The framework of macOS before 10.15 does not tell; its header allows 64 (HV_VCPU_MAX).
+    let max_vcpus = if max_vcpus == 0 { 64 } else { u32::try_from(max_vcpus).unwrap_or(u32::MAX).min(255) };
+    let host_bits = host.cpuid.map_or(u32::MAX, |cpuid| cpuid(0x8000_0008, 0)[0] & 0xff);
+    Capabilities {
+        max_vcpus,
+        max_vcpu_id: max_vcpus,
+        // EPT maps of four levels reach 48 bits.
+        guest_phys_bits: u32::from(soft.guest_phys_bits).min(host_bits).min(48) as u8,
+        sync_regs: false,
+        guest_debug: controls.can(cpu_based::MONITOR_TRAP | cpu_based::MOV_DR),
+        emulates_ring0: None,
+        ..soft
+    }
+}
+
+/// What CPUID answers by default: what our emulator has, as far as the processor has it, too.
+fn guest_cpuid(host: Host, rdtscp: bool) -> Vec<CpuidEntry> {
+    const ECX: usize = 2;
+    const EDX: usize = 3;
+    /// Registers that hold features.
+    const FEATURES: [(u32, usize); 7] =
+        [(1, ECX), (1, EDX), (7, 1), (7, ECX), (7, EDX), (0x8000_0001, ECX), (0x8000_0001, EDX)];
+    /// "Hypervisor", local APIC, x2APIC: ours.
+    const OURS: [(u32, usize, u32); 3] = [(1, ECX, 31), (1, EDX, 9), (1, ECX, 21)];
+    // Without the counter's value at every look our local APIC has no deadline timer.
+    let mut hidden = vec![(1, ECX, 24)];
+    if !rdtscp {
+        // RDPID needs the same control.
+        hidden.extend([(0x8000_0001, EDX, 27), (7, ECX, 22)]);
+    }
+    let Some(cpuid) = host.cpuid else {
+        return reduced_cpuid(&hidden);
+    };
+    for (leaf, register) in FEATURES {
+        let has = cpuid(leaf, 0)[register];
+        let lacks = (0..32).filter(|bit| has >> bit & 1 == 0).map(|bit| (leaf, register, bit));
+        hidden.extend(lacks.filter(|bit| !OURS.contains(bit)));
+    }
+    let mut entries = reduced_cpuid(&hidden);
+    for entry in entries.iter_mut().filter(|entry| (entry.leaf, entry.subleaf) == (0xd, 1)) {
+        entry.eax &= cpuid(0xd, 1)[0];
+    }
+    entries
+}
+
+/// The framework's virtual machine of this process.
+struct Vm {
+    api: &'static HvfX86Api,
+    /// What is mapped stays in memory as long as the framework may know of it.
+    mappings: Mutex<BTreeMap<u64, Mapping>>,
+}
+
+struct Mapping {
+    region: GuestRegion,
+    flags: MemoryFlags,
+    /// With a dirty log: the pages that were written since they were last protected.
+    dirty: Vec<u64>,
+}
+
+impl Mapping {
+    /// The protection of pages, `written` or not.
+    fn protection(&self, written: bool) -> u64 {
+        let logged = self.flags.contains(MemoryFlags::LOG_DIRTY) && !written;
+        let write = if self.flags.contains(MemoryFlags::WRITE) && !logged { memory::WRITE } else { 0 };
+        memory::READ | memory::EXEC | write
+    }
+
+    fn start_log(&mut self) {
+        let words =
+            if self.flags.contains(MemoryFlags::LOG_DIRTY) { (self.region.size() / PAGE).div_ceil(64) } else { 0 };
+        self.dirty = vec![0; words as usize];
+    }
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    fn create(api: &'static HvfX86Api) -> VcpuResult<Self> {
+        // What dropped vCPUs of this thread hold back of the last machine.
+        super::thread::reap();
+        // SAFETY: no preconditions; 0 is HV_VM_DEFAULT.
+        match unsafe { (api.hv_vm_create)(0) } {
+            0 => Ok(Self { api, mappings: Mutex::default() }),
+            code => Err(unavailable("hv_vm_create", code)),
+        }
+    }
+
+    fn protect(&self, gpa: u64, size: u64, flags: u64) -> VcpuResult<()> {
+        // SAFETY: no preconditions: the framework checks the range.
+        check("hv_vm_protect", unsafe { (self.api.hv_vm_protect)(gpa, size as usize, flags) })
+    }
+
+    /// A write was refused: true if that was the dirty log's doing, which has noted the page and lets writes pass now.
+    pub(super) fn wrote(&self, gpa: u64) -> VcpuResult<bool> {
+        let mut mappings = lock(&self.mappings);
+        let Some((at, mapping)) = mappings.range_mut(..=gpa).next_back() else {
+            return Ok(false);
+        };
+        let page = (gpa - at) / PAGE;
+        if gpa - at >= mapping.region.size()
+            || mapping.dirty.is_empty()
+            || mapping.protection(true) & memory::WRITE == 0
+        {
+            return Ok(false);
+        }
+        self.protect(at + page * PAGE, PAGE, mapping.protection(true))?;
+        mapping.dirty[page as usize / 64] |= 1 << (page % 64);
+        Ok(true)
+    }
+
+    /// Whether the framework, as far as it was told, lets such an access pass.
+    pub(super) fn allows(&self, gpa: u64, is_write: bool) -> bool {
+        let mappings = lock(&self.mappings);
+        let found = mappings.range(..=gpa).next_back().filter(|(at, mapping)| gpa - **at < mapping.region.size());
+        found.is_some_and(|(_, mapping)| !is_write || mapping.flags.contains(MemoryFlags::WRITE))
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // SAFETY: the last one who knows of the VM; every vCPU is gone, each keeps it alive. Should it fail there is nobody to
+        // tell; the next VM then says that there is one already.
+        let _ = unsafe { (self.api.hv_vm_destroy)() };
+    }
+}
+
+/// The platform behind a machine.
+#[derive(Debug)]
+struct Hvf {
+    vm: Arc<Vm>,
+    controls: Controls,
+    /// The framework's time-stamp counter was set to the machine's.
+    knows_time: AtomicBool,
+}
+
+impl Platform for Hvf {
+    const KIND: AccelKind = AccelKind::Hvf;
+    type Engine = VmxVcpu;
+    type Hold = ();
+
+    fn engine(shared: &Arc<Shared<Self>>, _: u32) -> VcpuResult<VmxVcpu> {
+        Ok(VmxVcpu::new(shared))
+    }
+
+    fn map(&self, _: &Arc<Ram>, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        let mut mapping = Mapping { region: region.clone(), flags, dirty: Vec::new() };
+        mapping.start_log();
+        let mut mappings = lock(&self.vm.mappings);
+        let (host, size) = (region.as_ptr().cast_const().cast(), region.size() as usize);
+        // SAFETY: the memory is the region's, of which the VM keeps a clone until it is unmapped or gone.
+        let mapped = unsafe { (self.vm.api.hv_vm_map)(host, gpa, size, mapping.protection(false)) };
+        check("hv_vm_map", mapped)?;
+        mappings.insert(gpa, mapping);
+        Ok(())
+    }
+
+    fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()> {
+        let mut mappings = lock(&self.vm.mappings);
+        // SAFETY: no preconditions: the framework checks the range.
+        check("hv_vm_unmap", unsafe { (self.vm.api.hv_vm_unmap)(gpa, size as usize) })?;
+        mappings.remove(&gpa);
+        Ok(())
+    }
+
+    fn log_dirty(&self, gpa: u64, _: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        let mut mappings = lock(&self.vm.mappings);
+        let Some(mapping) = mappings.get_mut(&gpa) else {
+            return Ok(());
+        };
+        let old = std::mem::replace(&mut mapping.flags, flags);
+        let changed = self.vm.protect(gpa, mapping.region.size(), mapping.protection(false));
+        if changed.is_err() {
+            mapping.flags = old;
+        } else {
+            mapping.start_log();
+        }
+        changed
+    }
+
+    fn take_dirty(&self, gpa: u64, _: u64, words: &mut [u64]) -> VcpuResult<()> {
+        let mut mappings = lock(&self.vm.mappings);
+        let Some(mapping) = mappings.get_mut(&gpa) else {
+            return Ok(());
+        };
+        for (n, word) in words.iter_mut().enumerate() {
+            let mut bits = mapping.dirty.get(n).copied().unwrap_or(0);
+            *word |= bits;
+            // One call per run of pages. The bits stay until all are protected again: then a page is in this answer only when later
+            // writes are noted anew, and the caller reads it after that.
+            while bits != 0 {
+                let first = bits.trailing_zeros();
+                let count = (bits >> first).trailing_ones();
+                let at = gpa + (n as u64 * 64 + u64::from(first)) * PAGE;
+                self.vm.protect(at, u64::from(count) * PAGE, mapping.protection(false))?;
+                bits &= !(u64::MAX >> (64 - count) << first);
+            }
+        }
+        mapping.dirty.fill(0);
+        Ok(())
+    }
+}
