@@ -36,7 +36,7 @@ pub use export::*;
 
 use crate::hostile::{FailurePlan, Mischief};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use vm_accel_sys::whpx::HRESULT;
 use vm_accel_sys::whpx::x86_64::WhpApi;
 
@@ -70,10 +70,14 @@ pub fn first_release() -> &'static WhpApi {
     without(WhpApi::OPTIONAL)
 }
 
+/// Hostile from the start, where the simulator is a library that a program loads: nobody is there to call `set_hostile`.
+const SEED_VARIABLE: &str = "VM_ACCEL_SIM_SEED";
+
 /// A stream of decisions of its own.
 fn mischief() -> Mischief {
+    static FROM_ENVIRONMENT: LazyLock<Option<u64>> = LazyLock::new(|| std::env::var(SEED_VARIABLE).ok()?.parse().ok());
     let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
-    Mischief::new(lock(&SEED).map(|seed| seed ^ stream.wrapping_mul(0xd134_2543_de82_ef95)))
+    Mischief::new(lock(&SEED).or(*FROM_ENVIRONMENT).map(|seed| seed ^ stream.wrapping_mul(0xd134_2543_de82_ef95)))
 }
 
 /// How a call ends that does not succeed.
