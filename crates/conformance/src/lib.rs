@@ -61,3 +61,6 @@ pub static CONFORMANCE: Suite = Suite {
 /// 100,000 kicks at random moments: none is lost. `VM_ACCEL_KICKS=n` sends n kicks in each case instead.
 pub static KICK_STRESS: Suite =
     Suite { themes: themes![X86_64 kick_stress], exceptions: &[], limit: Duration::from_secs(280) };
+
+/// The cases about guest memory alone, for other ways to set up a virtual machine.
+pub static MEMORY: Suite = Suite { themes: themes![X86_64 memory], exceptions: &[], limit: Duration::from_secs(60) };

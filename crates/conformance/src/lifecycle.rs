@@ -11,7 +11,7 @@ cases![
     vm_dropped_before_vcpu,
     vcpu_dropped_before_vm,
     nothing_but_a_vm,
-    two_vms_at_once,
+    two_vms_at_once[SeveralVms],
     two_vms_from_two_threads[ThreadMoves],
     many_vms_one_after_the_other,
     vcpu_moves_between_threads[ThreadMoves],
@@ -70,6 +70,7 @@ fn nothing_but_a_vm(host: &Host) -> Outcome {
     drop(host.vm()?);
     let mut vm = host.vm()?;
     drop(vm.create_vcpu(0)?);
+    drop(vm);
     let mut vm = host.vm()?;
     vm.map_memory(0, &GuestRegion::anonymous(0x1000)?, MemoryFlags::RAM)?;
     Ok(())

@@ -507,16 +507,25 @@ fn triple_fault(host: &Host) -> Outcome {
     m.expect(VcpuExit::TripleFault)
 }
 
-/// Calls to the host that the platform does not serve itself: KVM hands over page-state changes (KVM_HC_MAP_GPA_RANGE).
+/// Calls to the host that the platform does not serve itself: KVM hands over page-state changes (KVM_HC_MAP_GPA_RANGE). The
+/// instruction is that of the CPU's maker; a processor need not know the other's.
 fn hypercall(host: &Host) -> Outcome {
-    let mut m = Machine::long(host, |a| {
-        a.mov(eax, 12)?;
-        a.mov(ebx, layout::DATA as u32)?;
-        a.mov(ecx, 1)?;
-        a.xor(edx, edx)?;
-        a.vmmcall()?;
-        a.hlt()
-    })?;
+    let program = |intel: bool| {
+        World::long().code(|a| {
+            a.mov(eax, 12)?;
+            a.mov(ebx, layout::DATA as u32)?;
+            a.mov(ecx, 1)?;
+            a.xor(edx, edx)?;
+            if intel { a.vmcall()? } else { a.vmmcall()? };
+            a.hlt()
+        })
+    };
+    let mut m = Machine::new(host, &program(true))?;
+    let vendor = m.x86().supported_cpuid()?.into_iter().find(|entry| entry.leaf == 0);
+    if vendor.is_some_and(|entry| entry.ebx != u32::from_le_bytes(*b"Genu")) {
+        drop(m);
+        m = Machine::new(host, &program(false))?;
+    }
     m.expect(VcpuExit::SystemCall)?;
     let regs = m.vcpu.get_regs()?;
     assert_eq!(regs.gpr[Reg::Rbx as usize], layout::DATA);

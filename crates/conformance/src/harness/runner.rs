@@ -44,6 +44,7 @@ pub(crate) enum Need {
     MsrExits,
     Xsave,
     ThreadMoves,
+    SeveralVms,
 }
 
 impl Need {
@@ -59,6 +60,7 @@ impl Need {
             Self::MsrExits => caps.msr_exits,
             Self::Xsave => caps.xsave_size != 0,
             Self::ThreadMoves => backend.moves_threads,
+            Self::SeveralVms => !backend.serial,
         }
     }
 }

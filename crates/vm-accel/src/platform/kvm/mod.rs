@@ -157,6 +157,9 @@ impl AccelKvm {
     /// pages of much memory are written. To be called before the first vCPU is created and before any mapping has
     /// [`MemoryFlags::LOG_DIRTY`].
     ///
+    /// Not for hosts with [`Capabilities::emulates_ring0`]: their interpreter was seen to run on with a full ring, which
+    /// loses pages.
+    ///
     /// # Errors
     /// [`AccelError::Unsupported`] where [`Capabilities::dirty_ring`] is false, [`AccelError::InvalidArgument`] if it is
     /// too late or `entries` is not a power of two that the kernel accepts.
