@@ -516,7 +516,7 @@ fn hypercall(host: &Host) -> Outcome {
             a.mov(ebx, layout::DATA as u32)?;
             a.mov(ecx, 1)?;
             a.xor(edx, edx)?;
-            if intel { a.vmcall()? } else { a.vmmcall()? };
+            (if intel { a.vmcall() } else { a.vmmcall() })?;
             a.hlt()
         })
     };
