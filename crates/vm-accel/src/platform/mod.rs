@@ -34,6 +34,9 @@ pub enum PlatformBackend {
     /// Linux KVM.
     #[cfg(kvm)]
     Kvm(kvm::AccelKvm),
+    /// The Windows Hypervisor Platform.
+    #[cfg(all(windows, target_arch = "x86_64"))]
+    Whpx(whpx::x86_64::AccelWhpx),
     /// A software CPU, on every host.
     Fallback(fallback::NoAccel),
 }
@@ -63,6 +66,8 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
     match kind {
         #[cfg(kvm)]
         AccelKind::Kvm => kvm::probe(),
+        #[cfg(all(windows, target_arch = "x86_64"))]
+        AccelKind::Whpx => whpx::x86_64::AccelWhpx::probe(),
         AccelKind::Fallback => Ok(fallback::capabilities()),
         _ => Err(absent(kind)),
     }
@@ -88,6 +93,8 @@ impl PlatformBackend {
         match kind {
             #[cfg(kvm)]
             AccelKind::Kvm => Ok(Self::Kvm(kvm::AccelKvm::new()?)),
+            #[cfg(all(windows, target_arch = "x86_64"))]
+            AccelKind::Whpx => Ok(Self::Whpx(whpx::x86_64::AccelWhpx::new()?)),
             AccelKind::Fallback => Ok(Self::Fallback(fallback::NoAccel::new())),
             _ => Err(absent(kind)),
         }
@@ -108,6 +115,8 @@ macro_rules! dispatch {
         match $self {
             #[cfg(kvm)]
             PlatformBackend::Kvm($backend) => $call,
+            #[cfg(all(windows, target_arch = "x86_64"))]
+            PlatformBackend::Whpx($backend) => $call,
             PlatformBackend::Fallback($backend) => $call,
         }
     };

@@ -11,9 +11,6 @@ mod registers;
 mod system;
 mod vcpu;
 
-#[cfg(all(windows, target_arch = "x86_64"))]
-pub use system::probe;
-
 use crate::accel::{AccelKind, Capabilities, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::memory::GuestRegion;
@@ -109,16 +106,16 @@ impl Offer {
     }
 }
 
-/// What a platform with this table can do.
-fn probe_table(api: &WhpApi) -> VcpuResult<Capabilities> {
-    match Offer::of(api) {
-        Ok(offer) => Ok(offer.caps),
-        Err(AccelError::Backend { op, code, .. }) => Err(unavailable(UnavailableReason::Failed { op, code })),
-        Err(why) => Err(why),
-    }
-}
-
 impl AccelWhpx {
+    /// What the platform of a table can do.
+    fn probe_table(api: &WhpApi) -> VcpuResult<Capabilities> {
+        match Offer::of(api) {
+            Ok(offer) => Ok(offer.caps),
+            Err(AccelError::Backend { op, code, .. }) => Err(unavailable(UnavailableReason::Failed { op, code })),
+            Err(why) => Err(why),
+        }
+    }
+
     /// Creates a virtual machine on the platform of a table: the system's, or a simulator's.
     fn from_table(api: &'static WhpApi) -> VcpuResult<Self> {
         let offer = Offer::of(api)?;
@@ -135,7 +132,7 @@ impl AccelWhpx {
         let leaves: Vec<u32> = LEAVES.into_iter().flatten().collect();
         partition.set_property(WHvPartitionPropertyCodeCpuidExitList, &leaves)?;
         partition.set_up()?;
-        let cpuid = reduced_cpuid(&offer.hidden());
+        let cpuid = reduced_cpuid(offer.tsc_hz, &offer.hidden());
         let platform = Whpx { partition: Arc::new(partition) };
         Ok(Self { machine: Machine::new(platform, offer.caps, Some(cpuid), Some(offer.tsc_hz)) })
     }
@@ -148,15 +145,15 @@ impl AccelWhpx {
     pub fn with_api(api: &'static WhpApi) -> VcpuResult<Self> {
         Self::from_table(api)
     }
-}
 
-/// What a simulated platform can do.
-///
-/// # Errors
-/// [`AccelError::Unavailable`] with the reason.
-#[cfg(feature = "sim")]
-pub fn probe_with(api: &'static WhpApi) -> VcpuResult<Capabilities> {
-    probe_table(api)
+    /// What a simulated platform can do.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`] with the reason.
+    #[cfg(feature = "sim")]
+    pub fn probe_with(api: &'static WhpApi) -> VcpuResult<Capabilities> {
+        Self::probe_table(api)
+    }
 }
 
 /// The platform's part of a machine.
@@ -232,7 +229,7 @@ mod tests {
         let hidden = offer.hidden();
         assert!(hidden.contains(&(7, 1, 29)), "SHA");
         assert!(!hidden.contains(&(1, 2, 25)), "AES");
-        let shown = |hidden: &[_]| reduced_cpuid(hidden).iter().find(|entry| entry.leaf == 7).map(|entry| entry.ebx);
+        let shown = |hidden: &[_]| reduced_cpuid(1, hidden).iter().find(|entry| entry.leaf == 7).map(|entry| entry.ebx);
         let (with, without) = (shown(&[]).unwrap(), shown(&hidden).unwrap());
         assert_eq!(with ^ without, 1 << 29 | 1 << 1);
     }

@@ -1,6 +1,6 @@
 //! The platform of the running Windows.
 
-use super::{AccelWhpx, probe_table, unavailable};
+use super::{AccelWhpx, unavailable};
 use crate::accel::Capabilities;
 use crate::error::{UnavailableReason, VcpuResult};
 use vm_accel_sys::LoadError;
@@ -20,15 +20,15 @@ fn table() -> VcpuResult<&'static WhpApi> {
     })
 }
 
-/// What the platform of this Windows can do.
-///
-/// # Errors
-/// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
-pub fn probe() -> VcpuResult<Capabilities> {
-    probe_table(table()?)
-}
-
 impl AccelWhpx {
+    /// What the platform of this Windows can do.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
+    pub fn probe() -> VcpuResult<Capabilities> {
+        Self::probe_table(table()?)
+    }
+
     /// Creates a virtual machine without memory, interrupt controllers and vCPUs.
     ///
     /// # Errors
