@@ -123,9 +123,11 @@ impl<P: Platform> IrqSink for Shared<P> {
     }
 }
 
-/// What CPUID answers on the software CPU without some bits: leaf, index into EAX, EBX, ECX and EDX, bit.
-pub(crate) fn reduced_cpuid(hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
-    let cpu = Cpu::new(0, Config::default(), Ram::new(), Box::new(NoBus));
+/// What CPUID answers on the software CPU without some bits: leaf, index into EAX, EBX, ECX and EDX, bit. `tsc_hz` is the
+/// frequency of the time-stamp counter, which CPUID tells.
+pub(crate) fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
+    let config = Config { tsc: TscMode::Host(tsc_hz), ..Config::default() };
+    let cpu = Cpu::new(0, config, Ram::new(), Box::new(NoBus));
     let mut entries = cpu.cpuid().to_vec();
     for &(leaf, register, bit) in hidden {
         for entry in entries.iter_mut().filter(|entry| entry.leaf == leaf && entry.subleaf == 0) {
