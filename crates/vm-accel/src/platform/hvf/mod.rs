@@ -9,9 +9,9 @@ mod thread;
 pub mod x86_64;
 
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
-pub use aarch64::{AccelHvf, probe};
+pub use aarch64::AccelHvf;
 #[cfg(all(target_os = "macos", target_arch = "x86_64"))]
-pub use x86_64::{AccelHvf, probe};
+pub use x86_64::AccelHvf;
 
 use crate::accel::AccelKind;
 use crate::error::{AccelError, RawCode, UnavailableReason, VcpuResult};

@@ -16,9 +16,6 @@ mod state;
 mod system;
 mod vcpu;
 
-#[cfg(all(target_os = "macos", target_arch = "x86_64"))]
-pub use system::probe;
-
 use super::{check, unavailable};
 use crate::accel::{AccelKind, Capabilities, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
@@ -139,14 +136,14 @@ fn guest_cpuid(host: Host, rdtscp: bool) -> Vec<CpuidEntry> {
         hidden.extend([(0x8000_0001, EDX, 27), (7, ECX, 22)]);
     }
     let Some(cpuid) = host.cpuid else {
-        return reduced_cpuid(&hidden);
+        return reduced_cpuid(host.tsc_hz, &hidden);
     };
     for (leaf, register) in FEATURES {
         let has = cpuid(leaf, 0)[register];
         let lacks = (0..32).filter(|bit| has >> bit & 1 == 0).map(|bit| (leaf, register, bit));
         hidden.extend(lacks.filter(|bit| !OURS.contains(bit)));
     }
-    let mut entries = reduced_cpuid(&hidden);
+    let mut entries = reduced_cpuid(host.tsc_hz, &hidden);
     for entry in entries.iter_mut().filter(|entry| (entry.leaf, entry.subleaf) == (0xd, 1)) {
         entry.eax &= cpuid(0xd, 1)[0];
     }

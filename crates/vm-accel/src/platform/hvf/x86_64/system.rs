@@ -40,12 +40,12 @@ impl AccelHvf {
     pub fn new() -> VcpuResult<Self> {
         Self::create(HvfX86Api::system().map_err(missing)?, host())
     }
-}
 
-/// What the framework can do on this Mac.
-///
-/// # Errors
-/// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
-pub fn probe() -> VcpuResult<Capabilities> {
-    AccelHvf::examine(HvfX86Api::system().map_err(missing)?, host())
+    /// What the framework can do on this Mac.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
+    pub fn probe() -> VcpuResult<Capabilities> {
+        Self::examine(HvfX86Api::system().map_err(missing)?, host())
+    }
 }
