@@ -8,6 +8,7 @@
 pub mod arm64;
 pub mod demo;
 mod elf;
+pub mod kernels;
 pub mod world;
 
 pub use demo::demo;
