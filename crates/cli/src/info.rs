@@ -51,11 +51,15 @@ fn reason(error: &AccelError) -> String {
     }
 }
 
-fn table_row(report: &ProbeReport) -> String {
+pub(crate) fn table_row(report: &ProbeReport) -> String {
     let kind = report.kind;
     match &report.outcome {
         Ok(caps) => {
             let (arch, cpus, bits) = (caps.guest_arch, caps.max_vcpus, caps.guest_phys_bits);
+            if cpus == 0 {
+                let cpus = caps.max_whole_vm_cpus;
+                return format!("{kind:<5} available    whole machines ({arch}), up to {cpus} CPUs; not for `run`\n");
+            }
             let list: Vec<&str> = features(caps).iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
             let mut row = format!("{kind:<5} available    {arch} guests, up to {cpus} CPUs, {bits}-bit addresses\n");
             row += &format!("{:19}{}\n", "", list.join(", "));
@@ -76,6 +80,7 @@ fn json_report(report: &ProbeReport) -> Value {
             "available": true,
             "guest_arch": caps.guest_arch.to_string(),
             "max_vcpus": caps.max_vcpus,
+            "max_whole_vm_cpus": caps.max_whole_vm_cpus,
             "max_memory_slots": caps.max_memory_slots,
             "guest_phys_bits": caps.guest_phys_bits,
             "page_size": caps.page_size,

@@ -41,6 +41,9 @@ pub(crate) fn backend(list: &AccelList, needs: &Needs) -> Result<Choice> {
             warning = Some(format!("{kind}: {WHY}; expect the guest to fail"));
         }
         match PlatformBackend::new(kind) {
+            Ok(backend) if backend.as_whole_vm().is_some() => {
+                refusals.push(format!("{kind}: it runs whole machines of its own, which this command cannot drive"));
+            }
             Ok(backend) if !needs.archs.contains(&backend.capabilities().guest_arch) => {
                 let arch = backend.capabilities().guest_arch;
                 refusals.push(format!("{kind}: it runs {arch} guests, and this is none"));

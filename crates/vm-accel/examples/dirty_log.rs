@@ -17,7 +17,7 @@ fn main() -> VcpuResult<()> {
     let backends = AccelKind::ALL.into_iter().map(PlatformBackend::new);
     let Some(mut vm) = backends.filter_map(Result::ok).find(|vm| {
         let caps = vm.capabilities();
-        caps.guest_arch == GuestArch::X86_64 && caps.dirty_log
+        caps.runs_vcpus(GuestArch::X86_64) && caps.dirty_log
     }) else {
         println!("No backend here runs x86-64 guests and logs what they write.");
         return Ok(());

@@ -18,7 +18,7 @@ const ENTRY: u64 = 0x1000;
 
 fn main() -> VcpuResult<()> {
     let backends = AccelKind::ALL.into_iter().map(PlatformBackend::new);
-    let Some(mut vm) = backends.filter_map(Result::ok).find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64)
+    let Some(mut vm) = backends.filter_map(Result::ok).find(|vm| vm.capabilities().runs_vcpus(GuestArch::X86_64))
     else {
         println!("No backend here runs x86-64 guests.");
         return Ok(());

@@ -8,6 +8,7 @@ use crate::event::HostEvent;
 use crate::memory::{DirtyBitmap, GuestRegion};
 use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
+use crate::whole_vm::WholeVm;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -85,7 +86,7 @@ impl fmt::Display for GuestArch {
 pub struct Capabilities {
     /// The instruction set of its guests.
     pub guest_arch: GuestArch,
-    /// Most vCPUs that one virtual machine may have.
+    /// Most vCPUs that one virtual machine may have; 0 on backends of whole machines, see [`Accel::as_whole_vm`].
     pub max_vcpus: u32,
     /// Largest vCPU id plus one.
     pub max_vcpu_id: u32,
@@ -123,12 +124,20 @@ pub struct Capabilities {
     /// Calls by HVC and SMC to silicon-partner and OEM services exit as
     /// [`VcpuExit::SystemCall`](crate::VcpuExit::SystemCall); without it the platform answers all calls itself.
     pub aarch64_calls: bool,
+    /// Most CPUs of a machine that the platform runs as a whole, see [`Accel::as_whole_vm`].
+    pub max_whole_vm_cpus: u32,
     /// `Some(true)` if the host emulates the guest's ring 0 instruction by instruction: operating systems do not boot
     /// there. `None` if it was not examined (only [`probe`](crate::probe) examines it).
     pub emulates_ring0: Option<bool>,
 }
 
 impl Capabilities {
+    /// True if it has vCPUs for guests of `arch`; a backend of whole machines ([`Accel::as_whole_vm`]) has none.
+    #[must_use]
+    pub fn runs_vcpus(&self, arch: GuestArch) -> bool {
+        self.max_vcpus != 0 && self.guest_arch == arch
+    }
+
     /// A backend that can do nothing beyond running one vCPU on `guest_arch`: the start for a backend's own list.
     #[must_use]
     pub fn minimal(guest_arch: GuestArch) -> Self {
@@ -152,6 +161,7 @@ impl Capabilities {
             xsave_size: 0,
             aarch64_features: Aarch64Features::empty(),
             aarch64_calls: false,
+            max_whole_vm_cpus: 0,
             emulates_ring0: None,
         }
     }
@@ -318,8 +328,8 @@ pub trait Accel: fmt::Debug + Send + Sync {
     /// Creates the vCPU `id`. On x86-64 the id is its APIC id; vCPU 0 is the boot CPU.
     ///
     /// # Errors
-    /// [`AccelError::InvalidArgument`] if the id exists or is too large, [`AccelError::Unsupported`] on whole-VM
-    /// backends (VZ).
+    /// [`AccelError::InvalidArgument`] if the id exists or is too large, [`AccelError::Unsupported`] on backends of whole
+    /// machines (VZ): use [`as_whole_vm`](Accel::as_whole_vm) there.
     fn create_vcpu(&mut self, id: u32) -> VcpuResult<Box<dyn VcpuOps>>;
 
     /// Makes `region` appear at guest physical address `gpa`. The mapping keeps the memory alive until it is unmapped or
@@ -489,6 +499,12 @@ pub trait Accel: fmt::Debug + Send + Sync {
     fn set_gic_state(&mut self, state: &GicState) -> VcpuResult<()> {
         let _ = state;
         Err(self.unsupported("an in-kernel GIC"))
+    }
+
+    /// The machine as a whole, on platforms that run CPUs, devices and boot by themselves (VZ); `None` on all others. There it
+    /// takes the place of [`create_vcpu`](Accel::create_vcpu) and the calls for memory and interrupts.
+    fn as_whole_vm(&self) -> Option<&dyn WholeVm> {
+        None
     }
 
     /// An [`AccelError::Unsupported`] of this backend.

@@ -13,7 +13,7 @@
 //! # fn main() -> vm_accel::VcpuResult<()> {
 //! // The first kind that works here and runs x86-64 guests. `probe()` tells why others do not.
 //! let mut kinds = AccelKind::ALL.into_iter().filter_map(|kind| PlatformBackend::new(kind).ok());
-//! let Some(mut vm) = kinds.find(|vm| vm.capabilities().guest_arch == GuestArch::X86_64) else {
+//! let Some(mut vm) = kinds.find(|vm| vm.capabilities().runs_vcpus(GuestArch::X86_64)) else {
 //!     println!("no backend: {:?}", vm_accel::probe());
 //!     return Ok(());
 //! };
@@ -62,6 +62,7 @@ pub mod mock;
 pub mod platform;
 mod regs;
 pub mod vcpu_common;
+mod whole_vm;
 
 pub use accel::{
     Accel, AccelKind, Capabilities, GuestArch, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget,
@@ -76,6 +77,8 @@ pub use vcpu_common::{
     BreakOn, DebugEvent, ExitHandler, FromGuestRegs, GuestDebug, HardwareBreakpoint, IoDirection, KickTarget,
     PendingAccess, ToGuestRegs, VcpuExit, VcpuKick, VcpuOps,
 };
+
+pub use whole_vm::{WholeVm, WholeVmBoot, WholeVmConfig, WholeVmDisk, WholeVmSerial, WholeVmState};
 
 pub use vm_accel_sys::ffi_table;
 

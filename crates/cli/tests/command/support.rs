@@ -110,8 +110,8 @@ pub(crate) fn backends() -> Vec<Backend> {
         let name = backend["kind"].as_str().expect("a name");
         let why = if backend["available"] == false {
             backend["reason"].as_str().expect("a reason")
-        } else if backend["guest_arch"] != "x86_64" {
-            "its guests are not x86-64"
+        } else if backend["guest_arch"] != "x86_64" || backend["max_vcpus"] == 0 {
+            "it has no vCPUs for x86-64"
         } else {
             there.push(Backend { name: name.to_owned(), emulates_ring0: backend["emulates_ring0"] == true });
             continue;

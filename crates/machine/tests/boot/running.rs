@@ -16,8 +16,8 @@ fn accelerators() -> Vec<AccelKind> {
     let required = std::env::var("VM_ACCEL_REQUIRE").unwrap_or_default();
     let usable = |kind: &AccelKind| {
         let reason = match probe_kind(*kind) {
-            Ok(caps) if caps.guest_arch == X86_64 => return true,
-            Ok(caps) => format!("its guests are {}", caps.guest_arch),
+            Ok(caps) if caps.runs_vcpus(X86_64) => return true,
+            Ok(caps) => format!("it has no vCPUs for x86-64 but guests of {}", caps.guest_arch),
             Err(error) => error.to_string(),
         };
         let is_required = required.split(',').any(|name| name == kind.name());

@@ -26,6 +26,7 @@ use crate::event::HostEvent;
 use crate::memory::{DirtyBitmap, GuestRegion};
 use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
+use crate::whole_vm::WholeVm;
 
 /// One virtual machine on one backend.
 #[derive(Debug)]
@@ -34,6 +35,9 @@ pub enum PlatformBackend {
     /// Linux KVM.
     #[cfg(kvm)]
     Kvm(kvm::AccelKvm),
+    /// Apple's Virtualization.framework: whole machines, see [`Accel::as_whole_vm`].
+    #[cfg(target_os = "macos")]
+    Vz(vz::AccelVz),
     /// The Windows Hypervisor Platform.
     #[cfg(all(windows, target_arch = "x86_64"))]
     Whpx(whpx::x86_64::AccelWhpx),
@@ -66,6 +70,8 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
     match kind {
         #[cfg(kvm)]
         AccelKind::Kvm => kvm::probe(),
+        #[cfg(target_os = "macos")]
+        AccelKind::Vz => vz::probe(),
         #[cfg(all(windows, target_arch = "x86_64"))]
         AccelKind::Whpx => whpx::x86_64::AccelWhpx::probe(),
         AccelKind::Fallback => Ok(fallback::capabilities()),
@@ -93,6 +99,8 @@ impl PlatformBackend {
         match kind {
             #[cfg(kvm)]
             AccelKind::Kvm => Ok(Self::Kvm(kvm::AccelKvm::new()?)),
+            #[cfg(target_os = "macos")]
+            AccelKind::Vz => Ok(Self::Vz(vz::AccelVz::new()?)),
             #[cfg(all(windows, target_arch = "x86_64"))]
             AccelKind::Whpx => Ok(Self::Whpx(whpx::x86_64::AccelWhpx::new()?)),
             AccelKind::Fallback => Ok(Self::Fallback(fallback::NoAccel::new())),
@@ -115,6 +123,8 @@ macro_rules! dispatch {
         match $self {
             #[cfg(kvm)]
             PlatformBackend::Kvm($backend) => $call,
+            #[cfg(target_os = "macos")]
+            PlatformBackend::Vz($backend) => $call,
             #[cfg(all(windows, target_arch = "x86_64"))]
             PlatformBackend::Whpx($backend) => $call,
             PlatformBackend::Fallback($backend) => $call,
@@ -185,5 +195,8 @@ impl Accel for PlatformBackend {
     }
     fn set_gic_state(&mut self, state: &GicState) -> VcpuResult<()> {
         dispatch!(self, b => b.set_gic_state(state))
+    }
+    fn as_whole_vm(&self) -> Option<&dyn WholeVm> {
+        dispatch!(self, b => b.as_whole_vm())
     }
 }
