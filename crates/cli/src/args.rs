@@ -22,6 +22,8 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Say which backends this host has, and why others cannot be used.
     Info(InfoArgs),
+    /// Run the library's conformance suite on this host's backends and print a report for an issue.
+    Selftest(SelftestArgs),
 }
 
 #[derive(Debug, ClapArgs)]
@@ -69,6 +71,21 @@ pub(crate) struct InfoArgs {
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SelftestArgs {
+    /// Only cases whose name (backend::theme::case) contains this.
+    pub(crate) filter: Option<String>,
+    /// Only these backends, such as hvf or kvm,soft [default: every one that is there]
+    #[arg(long, value_name = "LIST", default_value = "auto", hide_default_value = true)]
+    pub(crate) accel: AccelList,
+    /// Print the cases instead of running them.
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Run one case in this process: what the command starts for each.
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) case: Option<String>,
 }
 
 /// A size in bytes.

@@ -9,6 +9,7 @@ mod files;
 mod info;
 mod run;
 mod select;
+mod selftest;
 mod status;
 
 #[cfg_attr(unix, path = "os/unix.rs")]
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let result = match args.command {
         args::Command::Run(run) => run::run(&run),
         args::Command::Info(info) => info::info(&info),
+        args::Command::Selftest(selftest) => selftest::selftest(&selftest),
     };
     match result {
         Ok(status) => status.into(),

@@ -7,6 +7,7 @@
 
 mod endings;
 mod failures;
+mod selftest;
 mod support;
 #[cfg(unix)]
 mod terminal;
