@@ -1,7 +1,8 @@
 //! `cargo xtask`: everything CI does, runnable by hand.
 //!
 //! One table of commands, one module each. A command prints what it does before it does it, never touches anything
-//! outside the workspace's `target/` and `guests-cache/` folders, and never needs to be root.
+//! outside the workspace's `target/` and `guests-cache/` folders, and never needs to be root. One exception: `wine` installs
+//! Debian packages where it may.
 
 mod apt;
 mod arch;
@@ -17,6 +18,7 @@ mod nested;
 mod process;
 mod qemu;
 mod rust;
+mod wine;
 mod workspace;
 
 use std::process::ExitCode;
@@ -38,6 +40,7 @@ const COMMANDS: &[&Command] = &[
     &boot::COMMAND,
     &nested::COMMAND,
     &kut::COMMAND,
+    &wine::COMMAND,
     &msrv::COMMAND,
     &budget::COMMAND,
 ];
