@@ -116,6 +116,10 @@ pub(crate) trait Engine: Send {
     /// The guest's state is the emulator's own: nothing is loaded or stored.
     const IN_PLACE: bool = false;
 
+    /// A guest that the host debugs runs on the emulator. Otherwise the engine obeys
+    /// [`set_guest_debug`](Engine::set_guest_debug).
+    const DEBUGS_ON_EMULATOR: bool = false;
+
     /// Reads groups from the platform. `into` holds what was last loaded or stored: fields that the platform lacks stay.
     /// RIP and RFLAGS must be those with which the guest would go on.
     fn load(&self, groups: Groups, into: &mut CpuState) -> VcpuResult<()>;
@@ -155,7 +159,10 @@ pub(crate) trait Engine: Send {
     }
 
     /// What the host debugs was changed; the emulator knows already.
-    fn set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()>;
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()> {
+        let _ = debug;
+        Ok(())
+    }
 
     /// The platform's number of the last exit.
     fn raw_exit(&self) -> Option<u64> {

@@ -74,7 +74,15 @@ impl<P: Platform> SoftVcpu<P> {
         if let Some(cpuid) = &shared.cpuid {
             cpu.set_cpuid(cpuid);
         }
-        let gate = engine.canceller().map(|cancel| Gate::new(cancel, &shared.alarm));
+        let kick = cpu.kick_handle();
+        let gate = engine.canceller().map(|cancel| {
+            // One of them runs the guest: see `enter_emulator`.
+            let both = move || {
+                cancel();
+                kick.kick();
+            };
+            Gate::new(Box::new(both), &shared.alarm)
+        });
         let wake: Arc<dyn Wake> = match &gate {
             Some(gate) => Arc::clone(gate) as _,
             None => Arc::new(cpu.kick_handle()),
@@ -315,11 +323,29 @@ impl<P: Platform> SoftVcpu<P> {
         Ok(left)
     }
 
+    /// Runs the guest on the emulator although there is a platform: the host debugs it.
+    fn enter_emulator(&mut self) -> VcpuResult<Left> {
+        self.load(Groups::all())?;
+        let tsc = self.engine.tsc()?;
+        let cpu = self.cpu.get_mut();
+        if let Some(tsc) = tsc {
+            cpu.set_tsc(tsc);
+        }
+        let Some(gate) = self.gate.as_ref().filter(|gate| gate.enter(None)) else {
+            return Ok(Left::Again);
+        };
+        let exit = cpu.run(if self.nmi_waits { 1 } else { u64::MAX });
+        gate.leave();
+        Ok(Left::Exit(exit))
+    }
+
     /// Runs the guest until it leaves. `None` if nobody need know why.
     fn enter(&mut self) -> VcpuResult<Option<VcpuExit>> {
         let mut order = Order { nmi_window: self.nmi_waits, ..Order::default() };
         let left = if P::Engine::IN_PLACE {
             self.engine.enter(self.cpu.get_mut(), &order)
+        } else if P::Engine::DEBUGS_ON_EMULATOR && self.debug != GuestDebug::default() {
+            self.enter_emulator()
         } else {
             let left = self.enter_platform(&mut order);
             if std::mem::take(&mut self.nmi_parked) {

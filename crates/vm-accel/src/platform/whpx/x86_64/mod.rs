@@ -85,7 +85,6 @@ impl Offer {
             guest_phys_bits: software.guest_phys_bits.min(width),
             dirty_log: api.WHvQueryGpaRangeDirtyBitmap.is_some() && features.dirty_page_tracking() != 0,
             sync_regs: false,
-            guest_debug: false,
             ..software
         };
         Ok(Self {

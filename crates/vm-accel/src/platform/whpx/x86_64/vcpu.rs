@@ -9,7 +9,7 @@ use crate::accel::AccelKind;
 use crate::error::{AccelError, VcpuResult};
 use crate::platform::x86::{Engine, Groups, Left, Order};
 use crate::regs::x86_64::{FXSAVE_SIZE, X86FpuRegs};
-use crate::vcpu_common::{GuestDebug, VcpuExit};
+use crate::vcpu_common::VcpuExit;
 use std::cell::RefCell;
 use std::sync::Arc;
 use vm_accel_softcpu::{Cpu, CpuState, Exception, Exit};
@@ -105,6 +105,9 @@ fn with_fpu(area: &[u8], fxsave: &[u8; FXSAVE_SIZE]) -> VcpuResult<Vec<u8>> {
 }
 
 impl Engine for Processor {
+    // The platform has exits for exceptions, but no debug registers of the host's beside the guest's.
+    const DEBUGS_ON_EMULATOR: bool = true;
+
     fn load(&self, groups: Groups, into: &mut CpuState) -> VcpuResult<()> {
         self.read(groups, into)?;
         if let Some(Exception::Pf { addr, .. }) = &mut into.events.exception {
@@ -192,13 +195,6 @@ impl Engine for Processor {
     fn set_tsc(&mut self, value: u64) -> VcpuResult<bool> {
         self.partition.set(self.vp, &[WHvX64RegisterTsc], &[RegisterValue::from_u64(value)])?;
         Ok(true)
-    }
-
-    fn set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()> {
-        if *debug == GuestDebug::default() {
-            return Ok(());
-        }
-        Err(AccelError::Unsupported { kind: Some(AccelKind::Whpx), what: "guest debugging" })
     }
 
     fn raw_exit(&self) -> Option<u64> {
