@@ -115,6 +115,25 @@ impl fmt::Display for WholeVmState {
 ///
 /// Threads: every method may be called from any thread, but not from a callback of the platform. How a guest ends is seen by asking
 /// for [`state`](WholeVm::state).
+///
+/// ```no_run
+/// use std::{fs::File, thread, time::Duration};
+/// use vm_accel::{Accel, AccelKind, PlatformBackend, WholeVmBoot, WholeVmConfig, WholeVmSerial, WholeVmState};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let backend = PlatformBackend::new(AccelKind::Vz)?;
+/// let vm = backend.as_whole_vm().expect("VZ runs whole machines");
+/// let boot =
+///     WholeVmBoot::Linux { kernel: "Image".into(), initrd: Some("initrd".into()), cmdline: "console=hvc0".into() };
+/// let serial = WholeVmSerial { input: File::open("/dev/null")?, output: File::create("console.log")? };
+/// vm.configure(WholeVmConfig { cpus: 2, serial: Some(serial), network: true, ..WholeVmConfig::new(boot, 1 << 30) })?;
+/// vm.start()?;
+/// while vm.state() == WholeVmState::Running {
+///     thread::sleep(Duration::from_millis(100));
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub trait WholeVm: fmt::Debug + Send + Sync {
     /// Describes the machine.
     ///
