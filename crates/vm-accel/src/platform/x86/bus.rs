@@ -1,13 +1,16 @@
-//! The machine as an emulator's CPU sees it: its local APIC. Everything else is an exit.
+//! The machine as an emulator's CPU sees it: its local APIC. Everything else is an exit. In a machine without local APICs there
+//! are still a task priority (CR8) and a base register, which nobody looks at.
 
 use crate::platform::soft_apic::{Fabric, LocalApic, lock};
 use std::sync::Arc;
 use std::time::Instant;
-use vm_accel_softcpu::apic::Now;
+use vm_accel_softcpu::apic::{MSR_APIC_BASE, Now};
 use vm_accel_softcpu::{Answer, Bus, MsrAnswer};
 
-/// The bus of a CPU with a local APIC.
+/// The bus of a CPU.
 pub(super) struct ApicBus {
+    /// The machine has local APICs.
+    pub(super) has_apic: bool,
     pub(super) fabric: Arc<Fabric>,
     pub(super) apic: Arc<LocalApic>,
     pub(super) start: Instant,
@@ -20,9 +23,13 @@ impl ApicBus {
         Now { ns: nanoseconds(self.start), tsc }
     }
 
+    fn owns_msr(&self, index: u32) -> bool {
+        index == MSR_APIC_BASE || self.has_apic && lock(&self.apic.apic).owns_msr(index)
+    }
+
     /// Whether a page is that of the APIC's registers.
     fn is_mine(&self, gpa: u64) -> bool {
-        lock(&self.apic.apic).mmio_base() == Some(gpa & !0xfff)
+        self.has_apic && lock(&self.apic.apic).mmio_base() == Some(gpa & !0xfff)
     }
 }
 
@@ -52,23 +59,19 @@ impl Bus for ApicBus {
     }
 
     fn msr_read(&mut self, index: u32, tsc: u64) -> MsrAnswer {
-        let now = self.now(tsc);
-        let mut apic = lock(&self.apic.apic);
-        if !apic.owns_msr(index) {
+        if !self.owns_msr(index) {
             return MsrAnswer::NotMine;
         }
-        apic.read_msr(index, now).map_or(MsrAnswer::Fault, MsrAnswer::Done)
+        let now = self.now(tsc);
+        lock(&self.apic.apic).read_msr(index, now).map_or(MsrAnswer::Fault, MsrAnswer::Done)
     }
 
     fn msr_write(&mut self, index: u32, value: u64, tsc: u64) -> MsrAnswer {
+        if !self.owns_msr(index) {
+            return MsrAnswer::NotMine;
+        }
         let now = self.now(tsc);
-        let result = {
-            let mut apic = lock(&self.apic.apic);
-            if !apic.owns_msr(index) {
-                return MsrAnswer::NotMine;
-            }
-            apic.write_msr(index, value, now)
-        };
+        let result = lock(&self.apic.apic).write_msr(index, value, now);
         match result {
             Ok(outcome) => {
                 self.fabric.act(&self.apic, outcome);
@@ -91,26 +94,10 @@ impl Bus for ApicBus {
         let now = self.now(tsc);
         let mut apic = lock(&self.apic.apic);
         apic.advance(now);
-        apic.pending().is_some()
+        self.has_apic && apic.pending().is_some()
     }
 
     fn acknowledge(&mut self) -> Option<u8> {
         lock(&self.apic.apic).acknowledge()
-    }
-}
-
-/// The bus of a CPU without a local APIC: only the task priority is kept, because CR8 exists all the same.
-#[derive(Default)]
-pub(super) struct BareBus {
-    cr8: u8,
-}
-
-impl Bus for BareBus {
-    fn cr8(&mut self) -> u8 {
-        self.cr8
-    }
-
-    fn set_cr8(&mut self, class: u8) {
-        self.cr8 = class & 15;
     }
 }

@@ -3,7 +3,7 @@
 //! The mailbox of its local APIC (kicks, NMIs, INIT and start-up messages, ends of interrupts), waiting in HLT as hardware
 //! does when there is a local APIC, what is injected when, and the completion protocol's bookkeeping.
 
-use super::bus::{ApicBus, BareBus, nanoseconds};
+use super::bus::{ApicBus, nanoseconds};
 use super::gate::Gate;
 use super::{Engine, Groups, Left, Order, Platform, Shared};
 use crate::accel::{AccelKind, IoAddress};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use vm_accel_softcpu::apic::Now;
 use vm_accel_softcpu::state::{Segment, rflags, seg};
-use vm_accel_softcpu::{Bus, Cpu, CpuState, Exit};
+use vm_accel_softcpu::{Cpu, CpuState, Exit};
 
 /// One vCPU.
 pub(crate) struct SoftVcpu<P: Platform> {
@@ -64,12 +64,8 @@ impl<P: Platform> SoftVcpu<P> {
         let has_apic = shared.has_local_apics();
         // Without local APICs the mailbox still carries kicks.
         let apic = shared.fabric.add(id, shared.features);
-        let bus: Box<dyn Bus> = if has_apic {
-            let (fabric, apic) = (Arc::clone(&shared.fabric), Arc::clone(&apic));
-            Box::new(ApicBus { fabric, apic, start: shared.config.start, tsc: 0 })
-        } else {
-            Box::new(BareBus::default())
-        };
+        let (fabric, mine) = (Arc::clone(&shared.fabric), Arc::clone(&apic));
+        let bus = Box::new(ApicBus { has_apic, fabric, apic: mine, start: shared.config.start, tsc: 0 });
         let mut cpu = Cpu::new(id, shared.config, Arc::clone(&shared.ram), bus);
         if let Some(cpuid) = &shared.cpuid {
             cpu.set_cpuid(cpuid);
@@ -233,8 +229,9 @@ impl<P: Platform> SoftVcpu<P> {
             let now = self.now();
             let mut apic = lock(&self.apic.apic);
             apic.advance(now);
-            (requested, order.apic_base) = (apic.requested(), apic.base());
+            requested = apic.requested();
         }
+        order.apic_base = lock(&self.apic.apic).base();
         let mut events = self.cpu.get_mut().state().events;
         if events.shutdown {
             return Ok(Some(Exit::Shutdown));

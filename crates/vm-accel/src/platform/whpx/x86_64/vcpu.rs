@@ -80,15 +80,14 @@ impl Processor {
             .with_nmi(order.nmi_window.into())
             .with_interrupt(order.window.is_some().into())
             .with_interrupt_priority(order.window.unwrap_or(0).into());
-        let apic_base = (order.apic_base != 0).then_some(order.apic_base);
-        let wanted = [Some(order.cr8.into()), apic_base.or(self.extras[1]), Some(notifications.0)];
+        let wanted = [order.cr8.into(), order.apic_base, notifications.0];
         let (mut names, mut values) = (Vec::new(), Vec::new());
-        for (n, value) in wanted.iter().enumerate().filter(|(n, value)| **value != self.extras[*n]) {
+        for (n, value) in wanted.into_iter().enumerate().filter(|(n, value)| Some(*value) != self.extras[*n]) {
             names.push(EXTRAS[n]);
-            values.push(RegisterValue::from_u64(value.unwrap_or(0)));
+            values.push(RegisterValue::from_u64(value));
         }
         self.partition.set(self.vp, &names, &values)?;
-        self.extras = wanted;
+        self.extras = wanted.map(Some);
         Ok(())
     }
 }
