@@ -109,6 +109,8 @@ macro_rules! impl_reg_accessors {
 /// `impl_vcpu_new!(VcpuType, VmType, mmap_size_fn)` expects of `VmType` (behind an `Arc`) the methods
 /// `mmap_size_fn(&self) -> VcpuResult<usize>` and `open_vcpu(&self, id: u32) -> VcpuResult<Fd>`, and of `VcpuType` the
 /// constant `RUN_AREA` (bytes that it uses of the run area) and `from_parts(Arc<VmType>, u32, Fd) -> VcpuResult<Self>`.
+// Hosts without a KVM-like platform have no vCPU that is made this way.
+#[allow(unused_macros)]
 macro_rules! impl_vcpu_new {
     ($vcpu:ty, $vm:ty, $mmap_size:ident) => {
         impl $vcpu {
@@ -131,7 +133,6 @@ macro_rules! impl_vcpu_new {
     };
 }
 #[allow(unused_imports)]
-// Hosts without a KVM-like platform have no vCPU that is made this way.
 pub(crate) use impl_vcpu_new;
 
 /// Copies a group of state between one of this library's structures and a platform's, field by field, both ways.
