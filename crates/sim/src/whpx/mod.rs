@@ -73,6 +73,19 @@ pub fn first_release() -> &'static WhpApi {
 /// Hostile from the start, where the simulator is a library that a program loads: nobody is there to call `set_hostile`.
 const SEED_VARIABLE: &str = "VM_ACCEL_SIM_SEED";
 
+/// The table of Windows 10 1809: with the extended state and the dirty log, without everything newer.
+#[must_use]
+pub fn windows_1809() -> &'static WhpApi {
+    static TABLE: LazyLock<WhpApi> = LazyLock::new(|| WhpApi {
+        WHvGetVirtualProcessorXsaveState: API.WHvGetVirtualProcessorXsaveState,
+        WHvSetVirtualProcessorXsaveState: API.WHvSetVirtualProcessorXsaveState,
+        WHvQueryGpaRangeDirtyBitmap: API.WHvQueryGpaRangeDirtyBitmap,
+        WHvRequestInterrupt: API.WHvRequestInterrupt,
+        ..*first_release()
+    });
+    &TABLE
+}
+
 /// A stream of decisions of its own.
 fn mischief() -> Mischief {
     static FROM_ENVIRONMENT: LazyLock<Option<u64>> = LazyLock::new(|| std::env::var(SEED_VARIABLE).ok()?.parse().ok());

@@ -443,3 +443,32 @@ fn every_table_is_whole() {
     assert!(super::first_release().WHvRequestInterrupt.is_none());
     assert!(super::without(&["WHvMapGpaRange2"]).WHvMapGpaRange2.is_none());
 }
+
+#[test]
+fn a_hostile_platform_leaves_for_nothing_and_loses_nothing() {
+    // inc ax; out 0x10, al; jmp back
+    let vm = Vm::new(&[0x40, 0xe6, 0x10, 0xeb, 0xfb]);
+    let vp = partition::find(vm.handle).unwrap().vp(0).unwrap();
+    vp.state().unwrap().mischief = crate::hostile::Mischief::new(Some(1));
+    let (mut seen, mut absent_bytes, mut count) = ([0; 3], 0, 0);
+    while count < 200 {
+        let context = vm.run();
+        match context.reason() {
+            WHvRunVpExitReasonX64IoPortAccess => {
+                count += 1;
+                let payload = context.io_access().1;
+                absent_bytes += usize::from(payload.InstructionByteCount == 0);
+                assert_eq!(payload.Rax, count);
+                vm.set(WHvX64RegisterRip, RegisterValue::from_u64(CODE + 3));
+            }
+            WHvRunVpExitReasonNone => seen[0] += 1,
+            WHvRunVpExitReasonCanceled => seen[1] += 1,
+            WHvRunVpExitReasonMemoryAccess => {
+                seen[2] += 1;
+                assert_eq!(context.memory_access().0.gpa_unmapped(), 0, "the memory is there");
+            }
+            other => panic!("{other:#x}"),
+        }
+    }
+    assert!(seen.iter().all(|times| *times > 3) && absent_bytes > 3, "{seen:?}, {absent_bytes}");
+}

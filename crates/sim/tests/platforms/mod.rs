@@ -1,0 +1,64 @@
+//! The library's backends on simulators: what the tests here run on.
+
+use vm_accel::platform::hvf::x86_64::AccelHvf;
+use vm_accel::platform::whpx::x86_64::AccelWhpx;
+use vm_accel_conformance::Backend;
+use vm_accel_sim::{hvf_x86, whpx};
+
+/// A simulated platform.
+#[derive(Debug)]
+pub(crate) struct Platform {
+    /// The backend on it.
+    pub(crate) backend: Backend,
+    /// Switches its hostile mode.
+    #[allow(dead_code, reason = "the hostile suite alone reads it")]
+    pub(crate) set_hostile: fn(Option<u64>),
+}
+
+/// Names begin with `sim-`.
+pub(crate) const PLATFORMS: &[Platform] = &[
+    Platform {
+        backend: Backend {
+            name: "sim-whpx",
+            probe: || AccelWhpx::probe_with(&whpx::API),
+            create: || Ok(Box::new(AccelWhpx::with_api(&whpx::API)?)),
+            moves_threads: true,
+            native: false,
+            serial: false,
+        },
+        set_hostile: whpx::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-whpx-1809",
+            probe: || AccelWhpx::probe_with(whpx::windows_1809()),
+            create: || Ok(Box::new(AccelWhpx::with_api(whpx::windows_1809())?)),
+            moves_threads: true,
+            native: false,
+            serial: false,
+        },
+        set_hostile: whpx::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-hvf-x86",
+            probe: || AccelHvf::probe_with(&hvf_x86::API),
+            create: || Ok(Box::new(AccelHvf::with_api(&hvf_x86::API)?)),
+            moves_threads: false,
+            native: false,
+            serial: true,
+        },
+        set_hostile: hvf_x86::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-hvf-x86-first-release",
+            probe: || AccelHvf::probe_with(&hvf_x86::FIRST_RELEASE),
+            create: || Ok(Box::new(AccelHvf::with_api(&hvf_x86::FIRST_RELEASE)?)),
+            moves_threads: false,
+            native: false,
+            serial: true,
+        },
+        set_hostile: hvf_x86::set_hostile,
+    },
+];

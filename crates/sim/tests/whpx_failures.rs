@@ -1,0 +1,170 @@
+//! Each call of WHPX fails once, with each code that it may fail with: the error surfaces, nothing panics, nothing leaks.
+
+use vm_accel::platform::whpx::x86_64::AccelWhpx;
+use vm_accel::x86_64::{X86Msr, X86Sregs};
+use vm_accel::{
+    Accel, AccelError, GuestRegion, GuestRegs, IoDirection, IrqChip, MemoryFlags, RawCode, UnavailableReason, VcpuExit,
+    VcpuResult,
+};
+use vm_accel_sim::hostile::Failure;
+use vm_accel_sim::whpx::{API, FAILURES, SIMULATED, live_partitions, set_hypervisor_present};
+use vm_accel_sys::whpx::code::hv::{ERROR_HV_INSUFFICIENT_MEMORY, ERROR_HV_INVALID_PARAMETER};
+use vm_accel_sys::whpx::code::*;
+
+/// What functions of the platform answer (Microsoft's documentation of each, winerror.h).
+const CODES: [HRESULT; 14] = [
+    E_INVALIDARG,
+    E_OUTOFMEMORY,
+    E_ACCESSDENIED,
+    WHV_E_UNKNOWN_CAPABILITY,
+    WHV_E_INSUFFICIENT_BUFFER,
+    WHV_E_UNKNOWN_PROPERTY,
+    WHV_E_UNSUPPORTED_HYPERVISOR_CONFIG,
+    WHV_E_INVALID_PARTITION_CONFIG,
+    WHV_E_GPA_RANGE_NOT_FOUND,
+    WHV_E_VP_ALREADY_EXISTS,
+    WHV_E_INVALID_VP_STATE,
+    WHV_E_INVALID_VP_REGISTER_NAME,
+    ERROR_HV_INVALID_PARAMETER,
+    ERROR_HV_INSUFFICIENT_MEMORY,
+];
+
+/// Calls of one function whose failure is tried, one after the other.
+const DEPTH: u32 = 4;
+
+const CODE: u64 = 0x1000;
+
+/// A guest that makes every kind of exit, and a caller that uses every group of state.
+fn scenario() -> VcpuResult<()> {
+    #[rustfmt::skip]
+    let program = [
+        0xe6, 0x10,                         // out 0x10, al
+        0xe4, 0x11,                         // in al, 0x11
+        0xa2, 0x00, 0x20,                   // mov [0x2000], al
+        0x67, 0xa0, 0, 0, 0x10, 0,          // mov al, [0x100000]
+        0x0f, 0xa2,                         // cpuid
+        0x66, 0xb9, 0x1b, 0, 0, 0,          // mov ecx, 0x1b
+        0x0f, 0x32, 0x0f, 0x30,             // rdmsr; wrmsr
+        0xf4,                               // hlt
+        0xe6, 0x12,                         // out 0x12, al
+    ];
+    AccelWhpx::probe_with(&API)?;
+    let mut vm = AccelWhpx::with_api(&API)?;
+    vm.create_irqchip(IrqChip::None)?;
+    let ram = GuestRegion::anonymous(0x1_0000)?;
+    ram.write(CODE, &program)?;
+    vm.map_memory(0, &ram, MemoryFlags::RAM | MemoryFlags::LOG_DIRTY)?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    let x86 = vcpu.as_x86().expect("an x86 backend");
+    let cpuid = x86.supported_cpuid()?;
+    x86.set_cpuid(&cpuid)?;
+    let mut sregs: X86Sregs = x86.get_sregs()?;
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    sregs.ds.limit = u32::MAX;
+    x86.set_sregs(&sregs)?;
+    vcpu.set_regs(&GuestRegs { pc: CODE, flags: 2, ..GuestRegs::default() })?;
+    vcpu.kick_handle()?.kick();
+    let mut exits = Vec::new();
+    loop {
+        let exit = vcpu.run()?;
+        exits.push(exit);
+        match exit {
+            VcpuExit::Io { port: 0x12, .. } => break,
+            VcpuExit::Io { direction: IoDirection::In, size, .. } => vcpu.complete_read(&vec![0; size.into()])?,
+            VcpuExit::Mmio { is_write: false, size, .. } => vcpu.complete_read(&vec![0; size.into()])?,
+            VcpuExit::Io { .. } | VcpuExit::Interrupt | VcpuExit::Halted => {}
+            other => panic!("{other:?} after {exits:?}"),
+        }
+    }
+    assert!(exits.contains(&VcpuExit::Interrupt) && exits.contains(&VcpuExit::Halted), "{exits:?}");
+    vcpu.quiesce()?;
+    let fpu = vcpu.get_fpu_regs()?;
+    vcpu.set_fpu_regs(&fpu)?;
+    let x86 = vcpu.as_x86().expect("an x86 backend");
+    let mut area = x86.get_xsave()?;
+    area[160] ^= 1;
+    x86.set_xsave(&area)?;
+    let indices = x86.msr_indices()?;
+    let mut msrs: Vec<X86Msr> = x86.get_msrs(&indices)?;
+    msrs.retain(|msr| msr.index == 0x174);
+    msrs.iter_mut().for_each(|msr| msr.value ^= 8);
+    x86.set_msrs(&msrs)?;
+    let tsc = x86.get_tsc()?;
+    x86.set_tsc(tsc)?;
+    // Whatever was changed reaches the platform at the latest now.
+    vcpu.kick_handle()?.kick();
+    assert_eq!(vcpu.run()?, VcpuExit::Interrupt);
+    assert!(vm.take_dirty(0)?.is_dirty(0x2000));
+    vm.protect_memory(0, MemoryFlags::RAM)?;
+    vm.unmap_memory(0)
+}
+
+/// Whether an error says that it is this failure.
+fn tells(error: &AccelError, failure: &Failure) -> bool {
+    let raw = |op: &str, code: &RawCode| op == failure.function && *code == RawCode::Hresult(failure.code);
+    match error {
+        AccelError::Backend { op, code, .. } => raw(op, code),
+        AccelError::Unavailable { reason: UnavailableReason::Failed { op, code }, .. } => raw(op, code),
+        _ => false,
+    }
+}
+
+/// Failures that the backend is right to survive.
+fn is_survived(failure: &Failure) -> bool {
+    match (failure.function, failure.code) {
+        // What is not known is absent; the scenario then has less, or lacks what it needs.
+        ("WHvGetCapability", WHV_E_UNKNOWN_CAPABILITY) => true,
+        // Nobody is left who could be told.
+        ("WHvDeletePartition" | "WHvDeleteVirtualProcessor", _) => true,
+        // Repeated until it is heard.
+        ("WHvCancelRunVirtualProcessor", _) => true,
+        // An older release: registers are tried one by one.
+        ("WHvGetVirtualProcessorRegisters", WHV_E_INVALID_VP_REGISTER_NAME) => true,
+        _ => false,
+    }
+}
+
+/// One test, because the plan of failures is the process's.
+#[test]
+fn every_failure_surfaces_as_itself() {
+    assert_eq!(live_partitions(), 0);
+    scenario().expect("nothing fails");
+    assert_eq!(live_partitions(), 0);
+    let (mut tried, mut leaked, mut silent) = (0, 0, Vec::new());
+    for function in SIMULATED {
+        for code in CODES {
+            for after in 0..DEPTH {
+                let failure = Failure { function, after, code };
+                FAILURES.set(Some(failure));
+                let result = scenario();
+                let happened = !FAILURES.is_waiting();
+                FAILURES.set(None);
+                if !happened {
+                    result.unwrap_or_else(|error| panic!("{failure:?} did not happen, and yet: {error}"));
+                    break;
+                }
+                tried += 1;
+                leaked += usize::from(*function == "WHvDeletePartition");
+                assert_eq!(live_partitions(), leaked, "{failure:?} leaks the partition");
+                match result {
+                    Ok(()) if is_survived(&failure) => silent.push(failure),
+                    Ok(()) => panic!("{failure:?} was not noticed"),
+                    Err(error) if tells(&error, &failure) || is_survived(&failure) => {}
+                    Err(error) => panic!("{failure:?} surfaced as {error:?}"),
+                }
+            }
+        }
+    }
+    assert!(tried > 14 * 14, "only {tried} failures happened");
+    assert!(silent.iter().all(is_survived));
+    println!("{tried} failures, {} of them survived", silent.len());
+
+    set_hypervisor_present(false);
+    let error = AccelWhpx::probe_with(&API).expect_err("no hypervisor");
+    set_hypervisor_present(true);
+    assert!(matches!(error, AccelError::Unavailable { reason: UnavailableReason::FeatureOff { .. }, .. }), "{error:?}");
+    let error = AccelWhpx::probe_with(vm_accel_sim::whpx::first_release()).expect_err("too old");
+    let missing = matches!(error, AccelError::Unavailable { reason: UnavailableReason::FunctionMissing { .. }, .. });
+    assert!(missing, "{error:?}");
+}
