@@ -179,7 +179,8 @@ impl Drop for Folder {
 pub(crate) mod guests {
     /// `jmp $`
     pub(crate) const SPIN: &[u8] = &[0xeb, 0xfe];
-    /// Prints `!`, then spins.
+    /// Prints `!`, then spins: for signals and terminals.
+    #[cfg(unix)]
     pub(crate) const PRINT_AND_SPIN: &[u8] = &[0xba, 0xf8, 0x03, 0xb0, b'!', 0xee, 0xeb, 0xfe];
     /// Prints `!`, then resets through the keyboard controller.
     pub(crate) const PRINT_AND_RESET: &[u8] = &[
