@@ -12,6 +12,7 @@ mod cargo;
 mod cpio;
 mod guests;
 mod initrd;
+mod kernels;
 mod kut;
 mod msrv;
 mod nested;
@@ -40,6 +41,7 @@ const COMMANDS: &[&Command] = &[
     &boot::COMMAND,
     &nested::COMMAND,
     &kut::COMMAND,
+    &kernels::COMMAND,
     &wine::COMMAND,
     &msrv::COMMAND,
     &budget::COMMAND,

@@ -1,33 +1,17 @@
-//! Runs a flat 64-bit blob of benchmark kernels on the interpreter and prints instructions per second.
-//!
-//! The blob is loaded at 2 MiB and entered with EDI = kernel number and RSI = repetitions; it uses memory to 112 MiB and answers a
-//! checksum in RAX. Usage: `kernels BLOB [NAME,...]`.
+//! Runs the ten programs of `vm_accel_guests::kernels` on the software CPU alone, checks what they answer, and prints
+//! instructions per second. Usage: `kernels [NAME,...]`. (`cargo xtask kernels` compares with QEMU.)
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use vm_accel_guests::kernels::{BASE, KERNELS, STACK, flat};
 use vm_accel_softcpu::state::{Segment, cr0, cr4, efer, seg};
 use vm_accel_softcpu::{Config, Cpu, Exit, NoBus, Ram};
 
 const RAM: usize = 128 << 20;
 const TABLES: u64 = 0x780_0000;
-const KERNELS: [(&str, u64); 10] = [
-    ("fib", 37),
-    ("sieve", 60),
-    ("crc", 300),
-    ("rand", 5_000_000),
-    ("copy", 20),
-    ("rep", 5),
-    ("sort", 10),
-    ("vm", 100_000_000),
-    ("nbody", 1_000_000),
-    ("matmul", 200),
-];
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1);
-    let blob = std::fs::read(args.next().ok_or("usage: kernels BLOB [NAME,...]")?)?;
-    let only = args.next();
+    let only = std::env::args().nth(1);
     let mut memory = vec![0u128; RAM / 16];
     let host = memory.as_mut_ptr().cast::<u8>();
     let put = |at: u64, bytes: &[u8]| {
@@ -35,7 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // SAFETY: inside the allocation, as just checked; no reference to it is alive.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host.add(at as usize), bytes.len()) };
     };
-    put(0x20_0000, &blob);
+    put(BASE, &flat());
     // HLT, where the kernels return to.
     put(0x1000, &[0xf4]);
     // 4 KiB pages, one to one.
@@ -52,11 +36,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     unsafe { ram.map(0, host, RAM as u64, true, Arc::new(()))? };
     let mut cpu = Cpu::new(0, Config::default(), ram, Box::new(NoBus));
     let (mut total, mut count) = (0.0f64, 0);
-    for (number, (name, n)) in KERNELS.into_iter().enumerate() {
+    for (number, kernel) in KERNELS.into_iter().enumerate() {
+        let name = kernel.name;
         if only.as_ref().is_some_and(|only| !only.split(',').any(|x| x == name)) {
             continue;
         }
-        put(0x18_0000, &0x1000u64.to_le_bytes());
+        put(STACK, &0x1000u64.to_le_bytes());
         cpu.update(|st| {
             let code = Segment { selector: 8, base: 0, limit: u32::MAX, access: 0xa09b, unusable: false };
             st.segs[..6].fill(Segment { selector: 16, access: 0xc093, ..code });
@@ -65,10 +50,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             st.cr3 = TABLES;
             st.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
             st.msr.efer = efer::LME | efer::LMA;
-            st.rip = 0x20_0000;
-            st.gpr[4] = 0x18_0000;
+            st.rip = BASE;
+            st.gpr[4] = STACK;
             st.gpr[7] = number as u64;
-            st.gpr[6] = n;
+            st.gpr[6] = kernel.work.into();
             st.events.halted = false;
         });
         let before = cpu.instructions();
@@ -78,9 +63,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if exit != Exit::Halted {
             return Err(format!("{name}: {exit:?} at {:#x}", cpu.state().rip).into());
         }
+        if cpu.state().gpr[0] != kernel.checksum {
+            return Err(format!("{name}: {:#x} is not {:#x}", cpu.state().gpr[0], kernel.checksum).into());
+        }
         let done = cpu.instructions() - before;
         let mips = done as f64 / seconds / 1e6;
-        println!("{name:7} {:016x} {seconds:8.3} s {done:12} instructions {mips:7.0} MIPS", cpu.state().gpr[0]);
+        println!("{name:7} {seconds:8.3} s {done:12} instructions {mips:7.0} MIPS");
         if !matches!(name, "rand" | "rep" | "nbody" | "matmul") {
             total += mips.ln();
             count += 1;
