@@ -10,6 +10,7 @@ use vm_accel_softcpu::{Config, Cpu, Exit, NoBus, Ram};
 
 const RAM: usize = 128 << 20;
 const TABLES: u64 = 0x780_0000;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let only = std::env::args().nth(1);
     let mut memory = vec![0u128; RAM / 16];
