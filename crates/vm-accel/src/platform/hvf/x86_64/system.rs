@@ -24,6 +24,7 @@ fn host() -> Host {
     Host {
         cpuid: Some(|leaf, subleaf| {
             // SAFETY: every processor that macOS runs on has the instruction.
+            #[allow(unused_unsafe, reason = "the function is unsafe in older releases of Rust only")]
             let answer = unsafe { __cpuid_count(leaf, subleaf) };
             [answer.eax, answer.ebx, answer.ecx, answer.edx]
         }),
