@@ -10,6 +10,7 @@ mod boot;
 mod budget;
 mod cargo;
 mod cpio;
+mod cross;
 mod guests;
 mod initrd;
 mod kernels;
@@ -43,6 +44,7 @@ const COMMANDS: &[&Command] = &[
     &kut::COMMAND,
     &kernels::COMMAND,
     &wine::COMMAND,
+    &cross::COMMAND,
     &msrv::COMMAND,
     &budget::COMMAND,
 ];

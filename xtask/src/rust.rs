@@ -27,7 +27,7 @@ impl Toolchain {
     /// One that compiles static binaries for `arch`: the compiler at hand if it has the target's standard library,
     /// else Debian's.
     pub(crate) fn for_target(arch: &Arch) -> Result<Self> {
-        let mut toolchain = if has_std(arch)? { Self::default() } else { Self::debian("", arch)? };
+        let mut toolchain = if has_std(&arch.triple())? { Self::default() } else { Self::debian("", arch)? };
         if arch.rust != std::env::consts::ARCH {
             let linker = format!("{}-linux-gnu-gcc", arch.rust);
             process::require(&linker, &format!("gcc-{}-linux-gnu libc6-dev-{}-cross", arch.rust, arch.debian))?;
@@ -99,15 +99,22 @@ fn write_wrapper(path: &Path, dir: &Path, host: &Arch) -> Result<()> {
     process::run(Command::new("chmod").arg("+x").arg(path))
 }
 
-/// Whether the compiler at hand has the standard library of `arch`.
-fn has_std(arch: &Arch) -> Result<bool> {
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let dir = process::text(Command::new(rustc).args(["--print", "target-libdir", "--target", &arch.triple()]))?;
+/// The compiler at hand, run in the workspace, as cargo would run it.
+pub(crate) fn rustc() -> Command {
+    let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    rustc.current_dir(workspace::root());
+    rustc
+}
+
+/// Whether the compiler at hand has the standard library of the target `triple`.
+pub(crate) fn has_std(triple: &str) -> Result<bool> {
+    let dir = process::text(rustc().args(["--print", "target-libdir", "--target", triple]))?;
     let found = fs::read_dir(dir.trim())
         .is_ok_and(|entries| entries.flatten().any(|e| e.file_name().to_string_lossy().starts_with("libstd-")));
     Ok(found)
 }
 
-fn target_dir() -> PathBuf {
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace::root().join("target"), PathBuf::from)
 }
