@@ -20,8 +20,8 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
 Usage: cargo xtask cross [--missing] [TARGET…]
 
 Checks the crates that are meant for other systems, all targets of each, with warnings denied and
-with and without the feature `sim`. Links the command for macOS if there is an ld64.lld (rustup's
-toolchains have one; Debian: apt-get install lld).
+with and without the feature `sim`. Links the command for macOS if LLVM's linker is here (rustup's
+toolchains have it; Debian: apt-get install lld).
 
   TARGET     only these
   --missing  only print the targets whose standard library is not here (rustup target add …)",
@@ -90,7 +90,7 @@ fn run(args: &[String]) -> Result<u8> {
     if failed.is_empty() && here.iter().any(|target| target.triple == MACH_O) {
         match find_linker()? {
             Some(linker) => println!("cross: linked {}", shown(&link_mach_o(&linker)?)),
-            None => println!("cross: skipped linking for macOS: there is no ld64.lld"),
+            None => println!("cross: skipped linking for macOS: there is no rust-lld and no lld"),
         }
     }
     println!("cross: {} of {} targets are clean, with and without sim", here.len() - failed.len(), here.len());
@@ -161,7 +161,7 @@ fn link_mach_o(linker: &Path) -> Result<PathBuf> {
 
 /// Text stubs (format TBD version 4) that name libraries and no symbols.
 fn write_sdk(sdk: &Path) -> Result<()> {
-    const LIBRARIES: [&str; 4] = ["libSystem", "libobjc", "libiconv", "libc"];
+    const LIBRARIES: [&str; 5] = ["libSystem", "libobjc", "libiconv", "libc", "libm"];
     const FRAMEWORKS: [&str; 3] = ["CoreFoundation", "Foundation", "Virtualization"];
     let libraries = LIBRARIES.map(|name| (format!("usr/lib/{name}.tbd"), format!("/usr/lib/{name}.dylib")));
     let frameworks = FRAMEWORKS.map(|name| {
@@ -179,17 +179,16 @@ fn write_sdk(sdk: &Path) -> Result<()> {
     Ok(())
 }
 
-/// LLVM's linker for Mach-O: rustup's, or one in `PATH`, where Debian appends a version to the name.
+/// LLVM's linker, which links Mach-O when it is called with that flavor: rustup's, or one in `PATH`, where Debian appends a
+/// version to the name.
 fn find_linker() -> Result<Option<PathBuf>> {
     let libdir = process::text(rust::rustc().args(["--print", "target-libdir"]))?;
-    let bundled = Path::new(libdir.trim()).with_file_name("bin").join("gcc-ld");
+    let bundled = Path::new(libdir.trim()).with_file_name("bin").join("rust-lld");
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::iter::once(bundled).chain(std::env::split_paths(&path)).find_map(|dir| {
-        let plain = dir.join("ld64.lld");
-        let versioned = (14..40).rev().map(|version| dir.join(format!("ld64.lld-{version}")));
-        std::iter::once(plain).chain(versioned).find(|program| program.is_file())
-    });
-    Ok(found)
+    let names: Vec<String> =
+        std::iter::once("lld".to_owned()).chain((14..40).rev().map(|version| format!("lld-{version}"))).collect();
+    let installed = std::env::split_paths(&path).flat_map(|dir| names.iter().map(move |name| dir.join(name)));
+    Ok(std::iter::once(bundled).chain(installed).find(|program| program.is_file()))
 }
 
 fn target_dir() -> PathBuf {
