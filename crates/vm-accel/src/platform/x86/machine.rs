@@ -125,6 +125,7 @@ impl<P: Platform> IrqSink for Shared<P> {
 
 /// What CPUID answers on the software CPU without some bits: leaf, index into EAX, EBX, ECX and EDX, bit. `tsc_hz` is the
 /// frequency of the time-stamp counter, which CPUID tells.
+#[allow(dead_code, reason = "hosts without a hypervisor of this kind have the fallback only")]
 pub(crate) fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
     let config = Config { tsc: TscMode::Host(tsc_hz), ..Config::default() };
     let cpu = Cpu::new(0, config, Ram::new(), Box::new(NoBus));
