@@ -7,6 +7,8 @@
 
 mod endings;
 mod failures;
+#[cfg(target_os = "linux")]
+mod linux;
 mod selftest;
 mod support;
 #[cfg(unix)]
