@@ -57,7 +57,7 @@ const TARGETS: &[Target] = &[
 ];
 
 /// Tools of the people who work on this, which run on Linux only.
-const LINUX_ONLY: [&str; 3] = ["xtask", "vm-accel-nestinit", "vm-accel-difftest"];
+const LINUX_ONLY: [&str; 2] = ["xtask", "vm-accel-nestinit"];
 
 /// What depends on the simulators, and would switch the feature `sim` on for all that is checked with it.
 const SIMULATORS: [&str; 2] = ["vm-accel-sim", "vm-accel-sim-dll"];
