@@ -197,3 +197,97 @@ impl<M: Mapper> Slots<M> {
         (gpa - at < slot.region.size()).then(|| (slot.region.clone(), gpa - at, slot.flags))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::host_page_size;
+    use std::collections::BTreeSet;
+
+    /// A platform that refuses mappings which log writes while `refuses` is set.
+    #[derive(Debug, Default)]
+    struct Picky {
+        mapped: Mutex<BTreeSet<u64>>,
+        refuses: Mutex<bool>,
+    }
+
+    impl Mapper for Picky {
+        type Hold = ();
+
+        fn map(&self, gpa: u64, _: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+            if *lock(&self.refuses) && flags.contains(MemoryFlags::LOG_DIRTY) {
+                return Err(AccelError::invalid("mapping", "refused"));
+            }
+            assert!(lock(&self.mapped).insert(gpa), "mapped twice");
+            Ok(())
+        }
+
+        fn unmap(&self, gpa: u64, _: u64) -> VcpuResult<()> {
+            assert!(lock(&self.mapped).remove(&gpa), "not mapped");
+            Ok(())
+        }
+
+        fn log_dirty(&self, _: u64, _: &GuestRegion, _: MemoryFlags) -> VcpuResult<()> {
+            Ok(())
+        }
+
+        fn take_dirty(&self, _: u64, size: u64) -> VcpuResult<Vec<u64>> {
+            Ok(vec![0; (size / host_page_size()).div_ceil(64) as usize])
+        }
+    }
+
+    fn slots() -> Slots<Picky> {
+        let page = host_page_size();
+        let rules = Rules { kind: AccelKind::Fallback, page, address_bits: 32, most: 2, no_execute: false };
+        Slots::new(Picky::default(), rules)
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_before_the_platform_sees_it() {
+        let (slots, page) = (slots(), host_page_size());
+        let region = GuestRegion::anonymous(4 * page).unwrap();
+        slots.map(8 * page, &region, MemoryFlags::RAM).unwrap();
+        for gpa in [5 * page, 8 * page, 11 * page, 1, (1 << 32) - page, u64::MAX - page + 1] {
+            assert!(slots.map(gpa, &region, MemoryFlags::RAM).is_err(), "{gpa:#x}");
+        }
+        assert!(slots.map(0, &region, MemoryFlags::WRITE | MemoryFlags::EXECUTE).is_err());
+        assert!(slots.map(0, &region, MemoryFlags::READ).is_err());
+        slots.map(4 * page, &region, MemoryFlags::RAM).unwrap();
+        assert!(slots.map(16 * page, &region, MemoryFlags::RAM).is_err(), "there are two slots");
+        assert_eq!(lock(&slots.mapper.mapped).len(), 2);
+    }
+
+    #[test]
+    fn a_mapping_is_found_by_every_address_in_it() {
+        let (slots, page) = (slots(), host_page_size());
+        let region = GuestRegion::anonymous(2 * page).unwrap();
+        slots.map(4 * page, &region, MemoryFlags::ROM).unwrap();
+        assert!(slots.find(4 * page - 1).is_none() && slots.find(6 * page).is_none());
+        let (_, offset, flags) = slots.find(6 * page - 1).unwrap();
+        assert_eq!((offset, flags), (2 * page - 1, MemoryFlags::ROM));
+    }
+
+    #[test]
+    fn a_refused_replacement_leaves_the_old_mapping() {
+        let (slots, page) = (slots(), host_page_size());
+        let region = GuestRegion::anonymous(page).unwrap();
+        slots.map(0, &region, MemoryFlags::RAM).unwrap();
+        *lock(&slots.mapper.refuses) = true;
+        assert!(slots.remap(0, &region, MemoryFlags::RAM | MemoryFlags::LOG_DIRTY).is_err());
+        assert_eq!(slots.find(0).unwrap().2, MemoryFlags::RAM);
+        slots.unmap(0).unwrap();
+        assert!(slots.unmap(0).is_err());
+    }
+
+    #[test]
+    fn only_what_is_logged_has_a_log() {
+        let (slots, page) = (slots(), host_page_size());
+        let region = GuestRegion::anonymous(page).unwrap();
+        slots.map(0, &region, MemoryFlags::RAM).unwrap();
+        assert!(slots.take_dirty(0).is_err());
+        slots.protect(0, MemoryFlags::RAM | MemoryFlags::LOG_DIRTY).unwrap();
+        assert!(slots.take_dirty(0).unwrap().is_clean());
+        region.write(0, &[1]).unwrap();
+        assert!(slots.take_dirty(0).unwrap().is_dirty(0));
+    }
+}
