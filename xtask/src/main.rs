@@ -11,6 +11,7 @@ mod budget;
 mod cargo;
 mod cpio;
 mod cross;
+mod diff;
 mod guests;
 mod initrd;
 mod kernels;
@@ -42,6 +43,7 @@ const COMMANDS: &[&Command] = &[
     &boot::COMMAND,
     &nested::COMMAND,
     &kut::COMMAND,
+    &diff::COMMAND,
     &kernels::COMMAND,
     &wine::COMMAND,
     &cross::COMMAND,

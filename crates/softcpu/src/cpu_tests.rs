@@ -484,6 +484,44 @@ fn addresses_that_are_not_canonical_fault_by_segment() {
         m.cpu.update(|st| st.gpr[register] = value);
         assert_eq!(expect_vector(&mut m, vector, 2), [0, CODE], "{code:02x?}");
     }
+    // push [0x5000], pop [0x5000], call [0x5000] where the stack is the operand with the bad address; the handler has its own.
+    for code in
+        [[0xff, 0x34, 0x25, 0, 0x50, 0, 0], [0x8f, 0x04, 0x25, 0, 0x50, 0, 0], [0xff, 0x14, 0x25, 0, 0x50, 0, 0]]
+    {
+        let mut m = with_tables();
+        m.code(&code);
+        m.memory.write(TSS + 36, &0x7000u64.to_le_bytes());
+        m.memory.write(IDT + 16 * 12 + 4, &[1]);
+        m.cpu.update(|st| st.gpr[4] = high);
+        assert_eq!(expect_vector(&mut m, 12, 2), [0, CODE], "{code:02x?}");
+    }
+}
+
+#[test]
+fn registers_of_hidden_apic_features_do_not_exist() {
+    struct Apic;
+    impl crate::Bus for Apic {
+        fn msr_read(&mut self, _: u32, _: u64) -> crate::MsrAnswer {
+            crate::MsrAnswer::Done(0)
+        }
+        fn msr_write(&mut self, _: u32, _: u64, _: u64) -> crate::MsrAnswer {
+            crate::MsrAnswer::Done(0)
+        }
+    }
+    let mut m = Machine::new(Box::new(Apic));
+    let x2apic_mode = 0xfee0_0c00;
+    for (index, value) in [(0x1b, x2apic_mode), (0x802, 0), (0x6e0, 1)] {
+        assert!(m.cpu.msr(index).is_some() && m.cpu.set_msr(index, value), "{index:#x}");
+    }
+    let mut entries = m.cpu.cpuid().to_vec();
+    for entry in entries.iter_mut().filter(|entry| entry.leaf == 1) {
+        entry.ecx &= !(1 << 21 | 1 << 24);
+    }
+    m.cpu.set_cpuid(&entries);
+    for (index, value) in [(0x802, 0), (0x6e0, 1)] {
+        assert!(m.cpu.msr(index).is_none() && !m.cpu.set_msr(index, value), "{index:#x}");
+    }
+    assert!(m.cpu.set_msr(0x1b, 0xfee0_0800) && !m.cpu.set_msr(0x1b, x2apic_mode));
 }
 
 #[test]

@@ -153,6 +153,8 @@ pub(crate) enum Feature {
     Rdtscp,
     LongMode,
     TscAdjust,
+    TscDeadline,
+    X2apic,
 }
 
 impl Feature {
@@ -160,6 +162,8 @@ impl Feature {
     fn place(self) -> (usize, u32) {
         match self {
             Feature::Xsave => (0, leaf1c::XSAVE),
+            Feature::X2apic => (0, leaf1c::X2APIC),
+            Feature::TscDeadline => (0, leaf1c::TSC_DEADLINE),
             Feature::Fsgsbase => (2, leaf7::FSGSBASE),
             Feature::TscAdjust => (2, leaf7::TSC_ADJUST),
             Feature::Smep => (2, leaf7::SMEP),

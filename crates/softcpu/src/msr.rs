@@ -17,8 +17,21 @@ fn memory_types(value: u64, pat: bool) -> bool {
 }
 
 impl Core {
+    /// Whether CPUID hides a register of the local APIC that the bus may have, or the bits of `value` in it.
+    fn is_hidden(&self, index: u32, value: u64) -> bool {
+        match index {
+            crate::apic::MSR_APIC_BASE => value & 1 << 10 != 0 && !self.cpuid.has(Feature::X2apic),
+            0x800..=0x8ff => !self.cpuid.has(Feature::X2apic),
+            0x6e0 => !self.cpuid.has(Feature::TscDeadline),
+            _ => false,
+        }
+    }
+
     /// RDMSR; `None` is #GP(0).
     pub(crate) fn read_msr(&mut self, index: u32) -> Option<u64> {
+        if self.is_hidden(index, 0) {
+            return None;
+        }
         let tsc = self.tsc();
         match self.bus.msr_read(index, tsc) {
             MsrAnswer::Done(value) => return Some(value),
@@ -65,6 +78,9 @@ impl Core {
 
     /// WRMSR; `None` is #GP(0). `sync_mode` must follow.
     pub(crate) fn write_msr(&mut self, index: u32, value: u64) -> Option<()> {
+        if self.is_hidden(index, value) {
+            return None;
+        }
         let tsc = self.tsc();
         match self.bus.msr_write(index, value, tsc) {
             MsrAnswer::Done(_) => return Some(()),

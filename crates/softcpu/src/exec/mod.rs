@@ -31,13 +31,9 @@ mod control;
 mod data;
 mod far;
 pub(crate) mod form;
-#[cfg(all(test, unix, target_arch = "x86_64"))]
-mod host_tests;
 mod mmx;
 mod muldiv;
 mod shift;
-#[cfg(all(test, unix, target_arch = "x86_64"))]
-mod simd_host_tests;
 #[cfg(test)]
 mod simd_tests;
 mod sse_fp;

@@ -1,5 +1,9 @@
-//! What the integer SIMD instructions do besides computing: faults, the x87 state, what stays untouched. Any host.
+//! What the integer SIMD instructions do besides computing: faults, the x87 state, what stays untouched; and that none is missing. Any
+//! host; that they compute what processors do is for `tests/differential.rs`.
 
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic};
+
+use super::FAMILIES;
 use crate::exception::Exception;
 use crate::state::{CpuState, cr0, cr4};
 use crate::testing::{Machine, RAM};
@@ -161,4 +165,75 @@ fn masked_stores_touch_only_their_bytes() {
     let mut machine = store(0);
     machine.cpu.update(|st| st.gpr[7] = 0x4000_0000);
     machine.run();
+}
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+/// An instruction of MMX or SSE that computes or moves, and that this CPU should have.
+fn is_simd(code: Code) -> bool {
+    use CpuidFeature as F;
+    let fence = matches!(code.mnemonic(), Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence);
+    code.encoding() == EncodingKind::Legacy
+        && !fence
+        && code.cpuid_features().iter().all(|feature| {
+            matches!(
+                feature,
+                F::MMX | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA
+            )
+        })
+}
+
+/// Calls `act` with every SIMD encoding: `fields` gives the register numbers of each.
+fn for_each_encoding(mut fields: impl FnMut() -> u64, mut act: impl FnMut(&Instruction, &[u8])) {
+    for prefix in [&[][..], &[0x66], &[0xf3], &[0xf2], &[0x66, 0xf2]] {
+        for map in [&[0x0f][..], &[0x0f, 0x38], &[0x0f, 0x3a]] {
+            // 38h and 3Ah lead to the other maps.
+            for opcode in (0..=255u8).filter(|opcode| map.len() > 1 || !matches!(opcode, 0x38 | 0x3a)) {
+                for variant in 0..4 {
+                    let (wide, memory) = (variant & 1, variant & 2 != 0);
+                    let r = fields();
+                    let reg = (r >> 8) as u8 & 15;
+                    let rm = if memory { 15 } else { (r >> 16) as u8 & 15 };
+                    let mut code = Vec::new();
+                    code.extend(prefix);
+                    code.push(0x40 | wide << 3 | reg >> 3 << 2 | rm >> 3);
+                    code.extend(map);
+                    code.push(opcode);
+                    code.push(if memory { 0 } else { 0xc0 } | (reg & 7) << 3 | rm & 7);
+                    code.push((r >> 24) as u8);
+                    let insn = Decoder::with_ip(64, &code, 0, DecoderOptions::NONE).decode();
+                    if is_simd(insn.code()) {
+                        act(&insn, &code[..insn.len()]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_simd_instruction_has_a_handler() {
+    let mut random = Random(1);
+    let mut missing: Vec<Code> = Code::values().filter(|&code| is_simd(code)).collect();
+    for _ in 0..60 {
+        for_each_encoding(
+            || random.next(),
+            |insn, _| {
+                let lowered = FAMILIES.iter().any(|family| (family.lower)(insn).is_some());
+                assert!(lowered, "{:?}", insn.code());
+                missing.retain(|&code| code != insn.code());
+            },
+        );
+    }
+    assert_eq!(missing, [], "not enumerated");
 }

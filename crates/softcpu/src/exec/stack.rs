@@ -5,7 +5,8 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use super::form::{Word, by_size, has_memory};
 use super::thread::{self, Thread};
 use super::{Exec, Handler, Leave, Op};
-use crate::core::{Core, mode};
+use crate::core::{Core, Trap, mode};
+use crate::exception::Exception;
 use crate::state::{rflags, seg};
 
 impl Core {
@@ -45,12 +46,23 @@ impl Core {
         };
     }
 
+    /// What an access to the stack answers: an address that is not canonical is a stack fault, even if the instruction has another
+    /// operand in memory.
+    #[inline(always)]
+    fn on_stack<T>(&mut self, result: Exec<T>) -> Exec<T> {
+        match result {
+            Err(_) if matches!(self.trap, Trap::NonCanonical(_)) => self.raise(Exception::Ss(0)),
+            other => other,
+        }
+    }
+
     /// Pushes one operand. The last memory access of an instruction: it changes RSP.
     #[inline(always)]
     pub(crate) fn push<T: Word>(&mut self, value: u64) -> Exec {
         let sp = self.cut_sp(self.st.gpr[4].wrapping_sub(T::BYTES));
         let lin = self.stack_address(sp, T::BYTES, true)?;
-        self.write_word::<T>(lin, value)?;
+        let written = self.write_word::<T>(lin, value);
+        self.on_stack(written)?;
         self.set_sp(sp);
         Ok(())
     }
@@ -59,7 +71,8 @@ impl Core {
     pub(crate) fn poke<T: Word>(&mut self, depth: u64, value: u64) -> Exec {
         let sp = self.cut_sp(self.st.gpr[4].wrapping_sub(T::BYTES * depth));
         let lin = self.stack_address(sp, T::BYTES, true)?;
-        self.write_word::<T>(lin, value)
+        let written = self.write_word::<T>(lin, value);
+        self.on_stack(written)
     }
 
     /// Reads the operand `depth` slots above the top, and answers the stack pointer too. Does not move it.
@@ -68,7 +81,8 @@ impl Core {
         let top = self.sp();
         let sp = self.cut_sp(top.wrapping_add(T::BYTES * depth));
         let lin = self.stack_address(sp, T::BYTES, false)?;
-        Ok((self.read_word::<T>(lin)?, top))
+        let read = self.read_word::<T>(lin);
+        Ok((self.on_stack(read)?, top))
     }
 }
 
