@@ -114,7 +114,7 @@ struct Sides {
 impl Sides {
     /// How fast the software CPU is, TCG being 1.
     fn speed(&self) -> f64 {
-        median(self.tcg.iter().zip(&self.soft).map(|(tcg, soft)| tcg / soft).collect())
+        median(self.tcg.iter().zip(&self.soft).map(|(tcg, soft)| tcg / soft.max(0.01)).collect())
     }
 
     fn line(&self) -> String {
@@ -202,16 +202,18 @@ fn watch(command: &mut Command, mut see: impl FnMut(&str, f64) -> Result<()>) ->
     result
 }
 
-/// Seconds of processor time of all threads of a process (Linux, Documentation/scheduler/sched-stats.rst).
+/// Seconds of processor time of a process, which may have ended but was not waited for yet: `utime` and `stime` in
+/// hundredths (proc(5), /proc/pid/stat).
 fn processor_time(process: u32) -> Result<f64> {
-    let mut total = 0;
-    for thread in std::fs::read_dir(format!("/proc/{process}/task")).context("processor times are read from /proc")? {
-        // A thread may end meanwhile.
-        if let Ok(text) = std::fs::read_to_string(thread?.path().join("schedstat")) {
-            total += text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-        }
-    }
-    Ok(total as f64 / 1e9)
+    let text =
+        std::fs::read_to_string(format!("/proc/{process}/stat")).context("processor times are read from /proc")?;
+    hundredths(&text).map(|n| n as f64 / 100.0).context("/proc has no processor times")
+}
+
+/// The fields 14 and 15 together. The second is a name in brackets, in which anything may be.
+fn hundredths(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
 #[cfg(test)]
@@ -223,6 +225,12 @@ mod tests {
         let sides = Sides { tcg: vec![1.0, 2.0, 9.0], soft: vec![2.0, 2.0, 3.0] };
         assert_eq!(sides.speed(), 1.0);
         assert_eq!(median(vec![4.0, 1.0]), 2.5);
+    }
+
+    #[test]
+    fn processor_times_are_behind_the_name() {
+        assert_eq!(hundredths("1 (a) b) S 1 2 3 4 5 6 7 8 9 10 120 34 0 0 20"), Some(154));
+        assert_eq!(hundredths("1 (a) S 1"), None);
     }
 
     #[test]
