@@ -9,6 +9,7 @@
 use crate::Usage;
 use crate::cargo::cargo;
 use crate::process;
+use crate::rust::{has_std, target_dir};
 use crate::workspace::{root, shown};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -102,11 +103,14 @@ fn demo(wine: &Wine, program: &Path) -> Result<()> {
     if !info.lines().any(|line| line.contains("whpx") && line.contains("available")) {
         bail!("vm-accel.exe info does not say that whpx is available");
     }
-    let output = process::text(wine.command(program).args(["run", "--accel", "whpx", "--timeout", "300"]))?;
-    print!("{output}");
-    for words in ["Hello from the vm-accel demo guest.", "Done."] {
-        if !output.contains(words) {
-            bail!("the demo guest did not print {words:?}");
+    for cpus in ["1", "2"] {
+        let run = ["run", "--accel", "whpx", "--timeout", "300", "--cpus", cpus];
+        let output = process::text(wine.command(program).args(run))?;
+        print!("{output}");
+        for words in ["Hello from the vm-accel demo guest.", "Done."] {
+            if !output.contains(words) {
+                bail!("the demo guest on {cpus} CPUs did not print {words:?}");
+            }
         }
     }
     Ok(())
@@ -197,16 +201,11 @@ fn install_packages() -> Result<()> {
 
 /// Makes sure of the target's standard library.
 fn need_std() -> Result<()> {
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let has_std = || -> Result<bool> {
-        let dir = process::text(Command::new(&rustc).args(["--print", "target-libdir", "--target", TARGET]))?;
-        Ok(fs::read_dir(dir.trim()).is_ok_and(|mut entries| entries.next().is_some()))
-    };
-    if !has_std()? {
+    if !has_std(TARGET)? {
         process::require("rustup", "rustup").with_context(|| format!("needs Rust's standard library for {TARGET}"))?;
-        process::run(Command::new("rustup").args(["target", "add", TARGET]))?;
+        process::run(Command::new("rustup").args(["target", "add", TARGET]).current_dir(root()))?;
     }
-    if has_std()? { Ok(()) } else { bail!("rustup added {TARGET} to another toolchain than the one at hand") }
+    if has_std(TARGET)? { Ok(()) } else { bail!("rustup added {TARGET} to another toolchain than the one at hand") }
 }
 
 /// The library with the random numbers.
@@ -251,10 +250,6 @@ fn products(messages: &str) -> Vec<PathBuf> {
         .filter(|message| message["reason"] == "compiler-artifact")
         .filter_map(of_message)
         .collect()
-}
-
-fn target_dir() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub use event::SimEvent;
 pub use export::*;
 
 use crate::hostile::{FailurePlan, Mischief};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use vm_accel_sys::whpx::HRESULT;
 use vm_accel_sys::whpx::x86_64::WhpApi;
@@ -46,6 +46,7 @@ pub static FAILURES: FailurePlan = FailurePlan::new();
 static SEED: Mutex<Option<u64>> = Mutex::new(None);
 static STREAMS: AtomicU64 = AtomicU64::new(0);
 static PRESENT: AtomicBool = AtomicBool::new(true);
+static FORCED: AtomicI32 = AtomicI32::new(0);
 
 /// Switches the hostile mode on or off for partitions that are created from now on.
 pub fn set_hostile(seed: Option<u64>) {
@@ -56,6 +57,11 @@ pub fn set_hostile(seed: Option<u64>) {
 /// What `WHvCapabilityCodeHypervisorPresent` answers: false is a Windows on which the library is there and the hypervisor is not.
 pub fn set_hypervisor_present(present: bool) {
     PRESENT.store(present, Ordering::Relaxed);
+}
+
+/// Makes the next run end at once for this reason, whatever it is: what a newer platform may have. Its payload is garbage.
+pub fn leave_once_with(reason: i32) {
+    FORCED.store(reason, Ordering::Relaxed);
 }
 
 /// How many partitions exist: none, where nothing leaks.
