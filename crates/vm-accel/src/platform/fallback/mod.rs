@@ -9,7 +9,6 @@ use super::x86::{Engine, Groups, Left, Machine, Order, Platform, Shared, XSAVE_S
 use crate::accel::{AccelKind, Capabilities, GuestArch, MemoryFlags};
 use crate::error::VcpuResult;
 use crate::memory::{GuestRegion, WriteWatcher};
-use crate::vcpu_common::GuestDebug;
 use std::sync::{Arc, Mutex};
 use vm_accel_softcpu::{Config, Cpu, CpuState, Exit, NoBus, Ram};
 
@@ -147,9 +146,5 @@ impl Engine for Interpreter {
 
     fn canceller(&self) -> Option<Box<dyn Fn() + Send + Sync>> {
         None
-    }
-
-    fn set_guest_debug(&mut self, _: &GuestDebug) -> VcpuResult<()> {
-        Ok(())
     }
 }

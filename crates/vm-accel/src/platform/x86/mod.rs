@@ -98,7 +98,8 @@ pub(crate) struct Order {
 pub(crate) enum Left {
     /// The CPU of the emulator tells why; an [`Exit::Halted`] of a platform stands behind its HLT.
     Exit(Exit),
-    /// The instruction at RIP is to be executed by the emulator, which needs these groups besides GPR, SYSTEM and EVENTS.
+    /// The instruction at RIP is to be executed by the emulator, which needs these groups besides GPR, SYSTEM and EVENTS;
+    /// with MSR it is given the time-stamp counter, too.
     Emulate(Groups),
     /// Nobody need know of it: a cancellation, a spurious exit.
     Again,

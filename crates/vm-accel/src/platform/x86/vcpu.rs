@@ -320,18 +320,22 @@ impl<P: Platform> SoftVcpu<P> {
         Ok(left)
     }
 
+    /// Sets the emulator's time-stamp counter by the platform's.
+    fn take_tsc(&mut self) -> VcpuResult<()> {
+        if let Some(tsc) = self.engine.tsc()? {
+            self.cpu.get_mut().set_tsc(tsc);
+        }
+        Ok(())
+    }
+
     /// Runs the guest on the emulator although there is a platform: the host debugs it.
     fn enter_emulator(&mut self) -> VcpuResult<Left> {
         self.load(Groups::all())?;
-        let tsc = self.engine.tsc()?;
-        let cpu = self.cpu.get_mut();
-        if let Some(tsc) = tsc {
-            cpu.set_tsc(tsc);
-        }
+        self.take_tsc()?;
         let Some(gate) = self.gate.as_ref().filter(|gate| gate.enter(None)) else {
             return Ok(Left::Again);
         };
-        let exit = cpu.run(if self.nmi_waits { 1 } else { u64::MAX });
+        let exit = self.cpu.get_mut().run(if self.nmi_waits { 1 } else { u64::MAX });
         gate.leave();
         Ok(Left::Exit(exit))
     }
@@ -356,6 +360,9 @@ impl<P: Platform> SoftVcpu<P> {
             Left::Exit(exit) => self.translate(exit),
             Left::Emulate(groups) => {
                 self.load(groups | Groups::SYSTEM | Groups::EVENTS)?;
+                if groups.contains(Groups::MSR) {
+                    self.take_tsc()?;
+                }
                 let in_delivery = self.there.get_mut().events;
                 let cpu = self.cpu.get_mut();
                 let exit = if in_delivery.exception.is_some() || in_delivery.interrupt.is_some() || in_delivery.nmi {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vm_accel_softcpu::{Cpu, CpuState, Exception, Exit};
 use vm_accel_sys::whpx::code::WHV_E_INVALID_VP_REGISTER_NAME;
 use vm_accel_sys::whpx::x86_64::defs::*;
-use vm_accel_sys::whpx::x86_64::fields::Deliverability;
+use vm_accel_sys::whpx::x86_64::fields::{Deliverability, MemoryAccessInfo};
 use vm_accel_sys::whpx::x86_64::{ExitContext, RegisterValue};
 
 /// Where an XSAVE area has XCOMP_BV (Intel SDM vol. 1, 13.4.2).
@@ -92,6 +92,17 @@ impl Processor {
     }
 }
 
+/// What to do about a fault. Memory that is mapped may just not have been there yet (openvmm, `handle_memory_access`): the
+/// platform tries again. A write may be one to read-only memory as well; nobody tells what else the instruction does.
+fn memory_access(info: MemoryAccessInfo, event_pending: bool) -> Left {
+    let is_write = info.access_type() == WHvMemoryAccessWrite as u32;
+    match info.gpa_unmapped() != 0 {
+        true => Left::Emulate(Groups::FPU | Groups::DEBUG),
+        false if is_write && !event_pending => Left::Emulate(Groups::FPU | Groups::DEBUG | Groups::MSR),
+        false => Left::Again,
+    }
+}
+
 /// An XSAVE area with other x87 and SSE registers; they are in the same place in both formats.
 fn with_fpu(area: &[u8], fxsave: &[u8; FXSAVE_SIZE]) -> VcpuResult<Vec<u8>> {
     let mut area = area.to_vec();
@@ -149,15 +160,10 @@ impl Engine for Processor {
         self.extras[CR8] = Some(context.cr8().into());
         #[allow(non_upper_case_globals, reason = "the platform's names")]
         Ok(match context.reason() {
-            // Memory that is mapped but was not there when an event was delivered: the platform tries again.
-            WHvRunVpExitReasonMemoryAccess
-                if context.execution_state().interruption_pending() != 0
-                    && context.memory_access().0.gpa_unmapped() == 0 =>
-            {
-                Left::Again
+            WHvRunVpExitReasonMemoryAccess => {
+                let is_pending = context.execution_state().interruption_pending() != 0;
+                memory_access(context.memory_access().0, is_pending)
             }
-            // What the instruction does besides the access may be with any register.
-            WHvRunVpExitReasonMemoryAccess => Left::Emulate(Groups::FPU | Groups::DEBUG),
             WHvRunVpExitReasonX64IoPortAccess | WHvRunVpExitReasonX64Cpuid | WHvRunVpExitReasonHypercall => {
                 Left::Emulate(Groups::DEBUG)
             }
