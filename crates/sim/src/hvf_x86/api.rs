@@ -148,11 +148,11 @@ unsafe extern "C" fn hv_vm_map(uva: *const c_void, gpa: u64, size: usize, flags:
 }
 
 unsafe extern "C" fn hv_vm_unmap(gpa: u64, size: usize) -> HvReturn {
-    with_vm("hv_vm_unmap", |vm| vm.change_memory(|memory| memory.change(gpa, size as u64, None)))
+    with_vm("hv_vm_unmap", |vm| vm.change_memory(|memory| memory.unmap(gpa, size as u64)))
 }
 
 unsafe extern "C" fn hv_vm_protect(gpa: u64, size: usize, flags: u64) -> HvReturn {
-    with_vm("hv_vm_protect", |vm| vm.change_memory(|memory| memory.change(gpa, size as u64, Some(flags))))
+    with_vm("hv_vm_protect", |vm| vm.change_memory(|memory| memory.protect(gpa, size as u64, flags)))
 }
 
 unsafe extern "C" fn hv_vm_sync_tsc(tsc: u64) -> HvReturn {

@@ -88,6 +88,11 @@ pub fn live_vcpus() -> Option<usize> {
     vm::current().map(|vm| lock(&vm.vcpus).len())
 }
 
+/// What the kernel does when a process ends: the VM is gone with all its vCPUs, however they were left.
+pub fn end_process() {
+    vm::forget();
+}
+
 /// Switches every knob back. VMs stay.
 pub fn reset() {
     set_hostile(None);

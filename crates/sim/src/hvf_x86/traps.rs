@@ -1,9 +1,10 @@
 //! What makes the processor leave: the execution controls as the CPU asks for them.
 
 use super::lock;
+use super::memory::Memory;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use vm_accel_softcpu::{Bus, Intercept};
+use vm_accel_softcpu::{Answer, Bus, Intercept};
 use vm_accel_sys::hvf::x86_64::cpu_based;
 
 /// The controls of one vCPU.
@@ -48,18 +49,25 @@ impl Controls {
 }
 
 /// The bus of a vCPU: no device, no APIC.
-pub(super) struct TrapBus(pub(super) Arc<Mutex<Controls>>);
+pub(super) struct TrapBus {
+    pub(super) controls: Arc<Mutex<Controls>>,
+    pub(super) memory: Arc<Memory>,
+}
 
 impl Bus for TrapBus {
+    fn mmio_write(&mut self, gpa: u64, data: &[u8]) -> Answer {
+        if self.memory.write(gpa, data) { Answer::Done } else { Answer::Pending }
+    }
+
     fn intercept(&mut self, what: Intercept) -> bool {
-        lock(&self.0).traps(what)
+        lock(&self.controls).traps(what)
     }
 
     fn cr8(&mut self) -> u8 {
-        lock(&self.0).tpr >> 4
+        lock(&self.controls).tpr >> 4
     }
 
     fn set_cr8(&mut self, class: u8) {
-        lock(&self.0).tpr = class << 4;
+        lock(&self.controls).tpr = class << 4;
     }
 }

@@ -46,8 +46,9 @@ pub(super) struct Inner {
 impl Vcpu {
     pub(super) fn new(vm: &Vm, id: u32) -> Self {
         let controls: Arc<Mutex<Controls>> = Arc::default();
+        let bus = TrapBus { controls: controls.clone(), memory: vm.memory.clone() };
         let config = Config { tsc: TscMode::Host(TSC_HZ), start: vm.start };
-        let cpu = Cpu::new(id, config, vm.memory.ram.clone(), Box::new(TrapBus(controls.clone())));
+        let cpu = Cpu::new(id, config, vm.memory.ram.clone(), Box::new(bus));
         let mut inner = Inner {
             cpu,
             vmcs: Vmcs::new(),

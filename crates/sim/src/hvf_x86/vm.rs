@@ -20,7 +20,7 @@ static VM: Mutex<Option<Arc<Vm>>> = Mutex::new(None);
 static NEXT_EXIT: AtomicU64 = AtomicU64::new(0);
 
 pub(super) struct Vm {
-    pub(super) memory: Memory,
+    pub(super) memory: Arc<Memory>,
     pub(super) vcpus: Mutex<BTreeMap<u32, Arc<Vcpu>>>,
     /// Held for reading by vCPUs inside the guest: a mapping must not be seen while it is being replaced.
     pub(super) gate: RwLock<()>,
@@ -50,7 +50,7 @@ pub(super) fn create() -> Result<(), HvReturn> {
         return Err(code::BUSY);
     }
     *vm = Some(Arc::new(Vm {
-        memory: Memory::new(),
+        memory: Arc::new(Memory::new()),
         vcpus: Mutex::default(),
         gate: RwLock::new(()),
         layout: AtomicU32::new(1),
@@ -73,6 +73,10 @@ pub(super) fn destroy() -> Result<(), HvReturn> {
     }
     *vm = None;
     Ok(())
+}
+
+pub(super) fn forget() {
+    *lock(&VM) = None;
 }
 
 impl Vm {
