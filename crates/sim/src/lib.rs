@@ -6,6 +6,7 @@
 //! here), which code a mistake is answered with. It also judges its caller: alignment, order of calls, threads, double
 //! frees. The hostile mode adds what a platform may do and rarely does; see [`hostile`].
 
+mod a64;
 pub mod hostile;
 pub mod hvf_arm64;
 pub mod hvf_x86;

@@ -84,6 +84,10 @@ pub enum VcpuExit {
         /// The vector.
         vector: u8,
     },
+    /// The virtual timer of an aarch64 CPU fired, and no in-kernel GIC takes notice: raise its interrupt in the VMM's controller. It
+    /// comes once until the guest has dealt with the timer;
+    /// [`Aarch64Vcpu::get_virtual_timer`] tells when.
+    VirtualTimer,
     /// The platform stopped for a reason that this library does not know. [`VcpuOps::raw_exit`] tells its number.
     Unknown,
 }

@@ -17,10 +17,10 @@ cases![
     timer_interrupt [KernelIrqchip],
     interrupt_by_event [KernelIrqchip, Irqfd],
     message_to_a_device [KernelIrqchip],
-    state_moves_to_another_machine [KernelIrqchip],
+    state_moves_to_another_machine [KernelIrqchip, SeveralVms],
     impossible_lines [KernelIrqchip],
     no_gic_no_interrupts,
-    second_gic_is_refused [KernelIrqchip],
+    second_gic_is_refused [KernelIrqchip, SeveralVms],
     write_signals_an_event [Ioevent],
 ];
 

@@ -1,9 +1,10 @@
 //! The library's backends on simulators: what the tests here run on.
 
+use vm_accel::platform::hvf::aarch64::AccelHvf as AccelHvfArm64;
 use vm_accel::platform::hvf::x86_64::AccelHvf;
 use vm_accel::platform::whpx::x86_64::AccelWhpx;
 use vm_accel_conformance::Backend;
-use vm_accel_sim::{hvf_x86, whpx};
+use vm_accel_sim::{hvf_arm64, hvf_x86, whpx};
 
 /// A simulated platform.
 #[derive(Debug)]
@@ -60,5 +61,27 @@ pub(crate) const PLATFORMS: &[Platform] = &[
             serial: true,
         },
         set_hostile: hvf_x86::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-hvf-arm64",
+            probe: || AccelHvfArm64::probe_with(&hvf_arm64::MACOS_13),
+            create: || Ok(Box::new(AccelHvfArm64::with_api(&hvf_arm64::MACOS_13)?)),
+            moves_threads: false,
+            native: false,
+            serial: true,
+        },
+        set_hostile: hvf_arm64::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-hvf-arm64-first-release",
+            probe: || AccelHvfArm64::probe_with(&hvf_arm64::MACOS_11),
+            create: || Ok(Box::new(AccelHvfArm64::with_api(&hvf_arm64::MACOS_11)?)),
+            moves_threads: false,
+            native: false,
+            serial: true,
+        },
+        set_hostile: hvf_arm64::set_hostile,
     },
 ];

@@ -5,8 +5,10 @@
 //! guest's translation registers and tables. What is not decoded (exclusives, atomics, structure loads, cache
 //! maintenance) is `None`, and the backend's typed error then carries the word. Nothing here knows a platform.
 
+mod access;
 mod walk;
 
+pub(crate) use access::{Access, Cpu, Next};
 pub(crate) use walk::Stage1;
 
 use crate::regs::GuestRegs;
@@ -149,6 +151,23 @@ fn value(regs: &GuestRegs, index: u8) -> u64 {
 }
 
 impl Transfer {
+    /// What the syndrome of a data abort tells of a simple load or store, if it tells (Arm ARM, D24.2.40, "ISV", "SAS", "SSE",
+    /// "SRT", "SF", "WnR").
+    pub(crate) fn told(syndrome: u64) -> Option<Self> {
+        let iss = syndrome as u32;
+        (field(iss, 24, 24) != 0).then(|| Self {
+            is_load: field(iss, 6, 6) == 0,
+            vector: false,
+            registers: [field(iss, 20, 16) as u8, 0],
+            count: 1,
+            size: 1 << field(iss, 23, 22),
+            extend: (field(iss, 21, 21) != 0).then_some(if field(iss, 15, 15) != 0 { 64 } else { 32 }),
+            base: ZERO_OR_SP,
+            offset: Offset::Immediate(0),
+            write_back: None,
+        })
+    }
+
     /// Bytes that it moves.
     pub(crate) fn len(&self) -> usize {
         usize::from(self.size) * usize::from(self.count)
@@ -333,6 +352,30 @@ mod tests {
         assert_eq!(regs.gpr[31], self::regs().gpr[31] + 8);
         let (_, fpu) = run(0xbd40_0061); // ldr s1, [x3]: the rest of v1 becomes zero
         assert_eq!(fpu.v[1], 0xffff_ff80);
+    }
+
+    #[test]
+    fn syndromes_tell_every_size_and_sign() {
+        let iss = |size: u64, sign: u64, register: u64, wide: u64, write: u64| {
+            1 << 24 | size << 22 | sign << 21 | register << 16 | wide << 15 | write << 6 | 7
+        };
+        let load = |iss, data: u64| {
+            let mut regs = regs();
+            let mut all = [0; MOST];
+            all[..8].copy_from_slice(&data.to_le_bytes());
+            Transfer::told(iss).unwrap().finish(&all, &mut regs, &mut Aarch64FpuRegs::default());
+            assert_eq!(regs.pc, 0x1004);
+            regs
+        };
+        assert_eq!(load(iss(0, 0, 3, 0, 0), 0x1ff).gpr[3], 0xff);
+        assert_eq!(load(iss(1, 1, 3, 0, 0), 0xfffe).gpr[3], 0xffff_fffe);
+        assert_eq!(load(iss(2, 1, 3, 1, 0), 0x8000_0000).gpr[3], 0xffff_ffff_8000_0000);
+        assert_eq!(load(iss(3, 0, 30, 1, 0), u64::MAX).gpr[30], u64::MAX);
+        assert_eq!(load(iss(3, 0, 31, 1, 0), 1).gpr, regs().gpr, "the zero register keeps nothing");
+        let store = |iss| Transfer::told(iss).unwrap().stored(&regs(), &Aarch64FpuRegs::default());
+        assert_eq!(store(iss(2, 0, 1, 0, 1))[..4], [0x55, 0x66, 0x78, 0x88]);
+        assert_eq!(store(iss(3, 0, 31, 1, 1)), [0; MOST]);
+        assert!(Transfer::told(iss(3, 0, 1, 1, 1) & !(1 << 24)).is_none());
     }
 
     #[test]

@@ -5,6 +5,8 @@
 // Hypervisors that leave such accesses to us exist on some hosts only; the code is tested on all.
 #[allow(dead_code, unused_imports)]
 mod aarch64_access;
+#[allow(dead_code)]
+mod aarch64_debug;
 pub mod fallback;
 #[cfg(any(hvf_x86_64, hvf_aarch64))]
 pub mod hvf;
@@ -38,6 +40,9 @@ pub enum PlatformBackend {
     /// Apple's Virtualization.framework: whole machines, see [`Accel::as_whole_vm`].
     #[cfg(target_os = "macos")]
     Vz(vz::AccelVz),
+    /// macOS' Hypervisor.framework.
+    #[cfg(target_os = "macos")]
+    Hvf(hvf::AccelHvf),
     /// The Windows Hypervisor Platform.
     #[cfg(all(windows, target_arch = "x86_64"))]
     Whpx(whpx::x86_64::AccelWhpx),
@@ -72,6 +77,8 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
         AccelKind::Kvm => kvm::probe(),
         #[cfg(target_os = "macos")]
         AccelKind::Vz => vz::probe(),
+        #[cfg(target_os = "macos")]
+        AccelKind::Hvf => hvf::AccelHvf::probe(),
         #[cfg(all(windows, target_arch = "x86_64"))]
         AccelKind::Whpx => whpx::x86_64::AccelWhpx::probe(),
         AccelKind::Fallback => Ok(fallback::capabilities()),
@@ -101,6 +108,8 @@ impl PlatformBackend {
             AccelKind::Kvm => Ok(Self::Kvm(kvm::AccelKvm::new()?)),
             #[cfg(target_os = "macos")]
             AccelKind::Vz => Ok(Self::Vz(vz::AccelVz::new()?)),
+            #[cfg(target_os = "macos")]
+            AccelKind::Hvf => Ok(Self::Hvf(hvf::AccelHvf::new()?)),
             #[cfg(all(windows, target_arch = "x86_64"))]
             AccelKind::Whpx => Ok(Self::Whpx(whpx::x86_64::AccelWhpx::new()?)),
             AccelKind::Fallback => Ok(Self::Fallback(fallback::NoAccel::new())),
@@ -125,6 +134,8 @@ macro_rules! dispatch {
             PlatformBackend::Kvm($backend) => $call,
             #[cfg(target_os = "macos")]
             PlatformBackend::Vz($backend) => $call,
+            #[cfg(target_os = "macos")]
+            PlatformBackend::Hvf($backend) => $call,
             #[cfg(all(windows, target_arch = "x86_64"))]
             PlatformBackend::Whpx($backend) => $call,
             PlatformBackend::Fallback($backend) => $call,

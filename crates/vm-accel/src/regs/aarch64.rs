@@ -406,6 +406,16 @@ pub trait Aarch64Vcpu {
         Err(self.group_unsupported("the virtual timer"))
     }
 
+    /// Sets the CPU's interrupt inputs, as an interrupt controller of the VMM drives them, until the next call. For platforms
+    /// without an in-kernel GIC; kick the vCPU first if it runs.
+    ///
+    /// # Errors
+    /// [`AccelError::Unsupported`] where the platform's own controller drives them.
+    fn set_interrupts(&mut self, irq: bool, fiq: bool) -> VcpuResult<()> {
+        let _ = (irq, fiq);
+        Err(self.group_unsupported("interrupt inputs of a CPU"))
+    }
+
     /// The optional parts of the architecture that this vCPU has.
     fn features(&self) -> Aarch64Features {
         Aarch64Features::empty()

@@ -3,7 +3,7 @@
 
 #[cfg(hvf_aarch64)]
 pub mod aarch64;
-#[cfg_attr(not(hvf_x86_64), allow(dead_code))]
+mod memory;
 mod thread;
 #[cfg(hvf_x86_64)]
 pub mod x86_64;
