@@ -9,7 +9,7 @@
 //! * Everything undefined holds garbage: unused bytes of an exit's payload, RIP after HLT, the virtual address of a fault.
 //!
 //! It judges its caller, too. What would corrupt memory or use freed memory on Windows (a misaligned array, a call on a
-//! partition that was deleted, a cancellation that overlaps the deletion) ends the process with a message here: see [`misuse`].
+//! partition that was deleted, a cancellation that overlaps the deletion) ends the process with a message here.
 //!
 //! [`API`] is the table of a current Windows, [`first_release`] that of Windows 10 1803. Everything is also exported under
 //! the platform's names, so that a library made of this crate can stand in for `WinHvPlatform.dll`.
