@@ -17,7 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Instant;
 use vm_accel_softcpu::apic::Now;
-use vm_accel_softcpu::state::{Segment, rflags, seg};
+use vm_accel_softcpu::state::{Msrs, Segment, rflags, seg};
 use vm_accel_softcpu::{Cpu, CpuState, Exit};
 
 /// One vCPU.
@@ -186,7 +186,12 @@ impl<P: Platform> SoftVcpu<P> {
         if init {
             self.load(Groups::all())?;
             lock(&self.apic.apic).init();
-            self.cpu.get_mut().update(|state| *state = CpuState::reset());
+            self.cpu.get_mut().update(|state| {
+                // INIT leaves the MSRs alone, but for EFER (Intel SDM vol. 3, table "IA-32 and Intel 64 Processor States
+                // Following Power-up, Reset, or INIT").
+                let msr = Msrs { efer: 0, ..state.msr };
+                *state = CpuState { msr, ..CpuState::reset() };
+            });
             // The boot CPU starts over at the reset vector, the others wait (Intel SDM vol. 3, 9.1.1).
             self.mp_state = if self.id == 0 { MpState::Runnable } else { MpState::InitReceived };
         }

@@ -38,6 +38,8 @@ pub(super) struct Processor {
     /// The XSAVE area as it was last read: what the emulator does not know of it goes back unchanged.
     xsave: RefCell<Vec<u8>>,
     last_exit: WHV_RUN_VP_EXIT_REASON,
+    /// Nothing was stored so far.
+    is_new: bool,
 }
 
 impl Processor {
@@ -50,6 +52,7 @@ impl Processor {
             extras: [None; EXTRAS.len()],
             xsave: RefCell::default(),
             last_exit: WHvRunVpExitReasonNone,
+            is_new: true,
         };
         let mut scratch = CpuState::reset();
         match new.read(Groups::MSR, &mut scratch) {
@@ -135,8 +138,12 @@ impl Engine for Processor {
     }
 
     fn store(&mut self, groups: Groups, old: &CpuState, new: &CpuState) -> VcpuResult<()> {
+        // The MSRs of a new processor are the platform's choice where ours is no other than the emulator's reset value
+        // (IA32_MISC_ENABLE, say, which need not be writable to that).
+        let reset = std::mem::take(&mut self.is_new).then(CpuState::reset);
         let (mut names, mut values) = (Vec::new(), Vec::new());
         for row in self.rows.iter().filter(|row| groups.contains(row.group)) {
+            let old = reset.as_ref().filter(|_| row.group == Groups::MSR).unwrap_or(old);
             let value = (row.get)(new);
             if value != (row.get)(old) {
                 names.push(row.name);
