@@ -8,6 +8,7 @@
 //! A target panics if the product does, or if what the product promises does not hold.
 
 pub mod boot;
+pub mod cpu;
 pub mod mutate;
 
 /// A target and the inputs that it starts from.
@@ -23,5 +24,5 @@ pub struct Target {
 
 /// Every target.
 pub fn targets() -> Vec<Target> {
-    boot::TARGETS.to_vec()
+    [boot::TARGETS, cpu::TARGETS].concat()
 }

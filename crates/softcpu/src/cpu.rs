@@ -303,7 +303,7 @@ impl Cpu {
     fn blocks(&mut self) -> Pause {
         let core = &mut self.core;
         let Ok(mut id) = self.cache.find(core, core.st.rip) else {
-            return self.trapped();
+            return self.unfetched();
         };
         loop {
             let Some(block) = self.cache.blocks.get(id as usize) else {
@@ -323,7 +323,7 @@ impl Cpu {
                 Leave::Indirect => {
                     match self.cache.find(core, core.st.rip) {
                         Ok(next) => id = next,
-                        Err(_) => return self.trapped(),
+                        Err(_) => return self.unfetched(),
                     }
                     continue;
                 }
@@ -341,7 +341,7 @@ impl Cpu {
                             core.st.rip = core.block_rip;
                             match self.cache.find_slow(core, core.st.rip) {
                                 Ok(next) => id = next,
-                                Err(_) => return self.trapped(),
+                                Err(_) => return self.unfetched(),
                             }
                             continue;
                         }
@@ -368,7 +368,7 @@ impl Cpu {
             core.st.rip = block.targets[which];
             match self.cache.find(core, core.st.rip) {
                 Ok(next) => id = next,
-                Err(_) => return self.trapped(),
+                Err(_) => return self.unfetched(),
             }
             // Decoding the next block may have dropped all blocks; then the generation is another.
             if core.links == generation {
@@ -377,6 +377,15 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// Acts on the fault of a fetch. It counts as an instruction: a guest whose handlers cannot be fetched either would never use up its
+    /// budget.
+    fn unfetched(&mut self) -> Pause {
+        if matches!(self.core.trap, Trap::Exception(_) | Trap::NonCanonical(_)) {
+            self.core.icount += 1;
+        }
+        self.trapped()
     }
 
     /// Acts on `core.trap`; RIP is that of the instruction.
@@ -413,7 +422,7 @@ impl Cpu {
         }
         let mut bytes = [0; 15];
         let Ok(n) = self.fetch(rip, &mut bytes) else {
-            return self.trapped();
+            return self.unfetched();
         };
         self.step_bytes(&bytes[..n], true)
     }

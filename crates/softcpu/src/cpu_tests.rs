@@ -525,6 +525,22 @@ fn registers_of_hidden_apic_features_do_not_exist() {
 }
 
 #[test]
+fn handlers_that_cannot_be_fetched_use_up_the_budget() {
+    for step in [false, true] {
+        let mut m = with_tables();
+        // The page fault's handler is where nothing is mapped.
+        m.memory.write(IDT + 16 * 14 + 6, &0x30u16.to_le_bytes());
+        m.cpu.update(|st| {
+            st.rip = 0x30_0000;
+            // Instruction breakpoints make the CPU look at each instruction on its own.
+            st.dr7 = if step { 0x401 } else { 0x400 };
+        });
+        assert_eq!(m.cpu.run(50), Exit::Budget);
+        assert!(m.cpu.state().cr2 >= 0x30_0000);
+    }
+}
+
+#[test]
 fn single_step_and_breakpoints() {
     // TF: #DB after each instruction.
     let mut m = with_tables();

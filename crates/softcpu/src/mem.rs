@@ -282,7 +282,7 @@ impl Core {
                     let mut at = gpa;
                     for chunk in part.chunks_mut(8) {
                         self.device_read(at, chunk)?;
-                        at += chunk.len() as u64;
+                        at = at.wrapping_add(chunk.len() as u64);
                     }
                 }
             }
@@ -311,7 +311,7 @@ impl Core {
                     let mut at = gpa;
                     for chunk in part.chunks(8) {
                         self.device_write(at, chunk)?;
-                        at += chunk.len() as u64;
+                        at = at.wrapping_add(chunk.len() as u64);
                     }
                 }
             }
