@@ -237,7 +237,7 @@ pub mod sys_reg {
         ($($name:ident = $number:literal),* $(,)?) => {
             $(pub const $name: u16 = $number;)*
 
-            /// Those that every version of the framework knows, without the debug registers of [`DEBUG`].
+            /// Those that every version of the framework knows, without the debug registers of `DEBUG`.
             pub const ALL: &[u16] = &[$($name),*];
         };
     }
