@@ -16,21 +16,20 @@ mod state;
 mod system;
 mod vcpu;
 
-use super::{check, unavailable};
+use super::memory::{Calls, Mappings};
+use super::unavailable;
 use crate::accel::{AccelKind, Capabilities, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::memory::GuestRegion;
 use crate::platform::fallback;
-use crate::platform::soft_apic::lock;
+use crate::platform::slots::Mapper as _;
 use crate::platform::x86::machine::{PAGE, impl_accel};
 use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
-use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
 use vcpu::{Controls, VmxVcpu};
 use vm_accel_softcpu::{CpuidEntry, Ram};
-use vm_accel_sys::hvf::memory;
 use vm_accel_sys::hvf::x86_64::{HvfX86Api, capability, cpu_based};
 
 /// What the framework does not tell about the host.
@@ -153,30 +152,7 @@ fn guest_cpuid(host: Host, rdtscp: bool) -> Vec<CpuidEntry> {
 /// The framework's virtual machine of this process.
 struct Vm {
     api: &'static HvfX86Api,
-    /// What is mapped stays in memory as long as the framework may know of it.
-    mappings: Mutex<BTreeMap<u64, Mapping>>,
-}
-
-struct Mapping {
-    region: GuestRegion,
-    flags: MemoryFlags,
-    /// With a dirty log: the pages that were written since they were last protected.
-    dirty: Vec<u64>,
-}
-
-impl Mapping {
-    /// The protection of pages, `written` or not.
-    fn protection(&self, written: bool) -> u64 {
-        let logged = self.flags.contains(MemoryFlags::LOG_DIRTY) && !written;
-        let write = if self.flags.contains(MemoryFlags::WRITE) && !logged { memory::WRITE } else { 0 };
-        memory::READ | memory::EXEC | write
-    }
-
-    fn start_log(&mut self) {
-        let words =
-            if self.flags.contains(MemoryFlags::LOG_DIRTY) { (self.region.size() / PAGE).div_ceil(64) } else { 0 };
-        self.dirty = vec![0; words as usize];
-    }
+    mappings: Mappings,
 }
 
 impl fmt::Debug for Vm {
@@ -189,41 +165,12 @@ impl Vm {
     fn create(api: &'static HvfX86Api) -> VcpuResult<Self> {
         // What dropped vCPUs of this thread hold back of the last machine.
         super::thread::reap();
+        let calls = Calls { map: api.hv_vm_map, unmap: api.hv_vm_unmap, protect: api.hv_vm_protect };
         // SAFETY: no preconditions; 0 is HV_VM_DEFAULT.
         match unsafe { (api.hv_vm_create)(0) } {
-            0 => Ok(Self { api, mappings: Mutex::default() }),
+            0 => Ok(Self { api, mappings: Mappings::new(calls, PAGE) }),
             code => Err(unavailable("hv_vm_create", code)),
         }
-    }
-
-    fn protect(&self, gpa: u64, size: u64, flags: u64) -> VcpuResult<()> {
-        // SAFETY: no preconditions: the framework checks the range.
-        check("hv_vm_protect", unsafe { (self.api.hv_vm_protect)(gpa, size as usize, flags) })
-    }
-
-    /// A write was refused: true if that was the dirty log's doing, which has noted the page and lets writes pass now.
-    pub(super) fn wrote(&self, gpa: u64) -> VcpuResult<bool> {
-        let mut mappings = lock(&self.mappings);
-        let Some((at, mapping)) = mappings.range_mut(..=gpa).next_back() else {
-            return Ok(false);
-        };
-        let page = (gpa - at) / PAGE;
-        if gpa - at >= mapping.region.size()
-            || mapping.dirty.is_empty()
-            || mapping.protection(true) & memory::WRITE == 0
-        {
-            return Ok(false);
-        }
-        self.protect(at + page * PAGE, PAGE, mapping.protection(true))?;
-        mapping.dirty[page as usize / 64] |= 1 << (page % 64);
-        Ok(true)
-    }
-
-    /// Whether the framework, as far as it was told, lets such an access pass.
-    pub(super) fn allows(&self, gpa: u64, is_write: bool) -> bool {
-        let mappings = lock(&self.mappings);
-        let found = mappings.range(..=gpa).next_back().filter(|(at, mapping)| gpa - **at < mapping.region.size());
-        found.is_some_and(|(_, mapping)| !is_write || mapping.flags.contains(MemoryFlags::WRITE))
     }
 }
 
@@ -254,59 +201,20 @@ impl Platform for Hvf {
     }
 
     fn map(&self, _: &Arc<Ram>, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
-        let mut mapping = Mapping { region: region.clone(), flags, dirty: Vec::new() };
-        mapping.start_log();
-        let mut mappings = lock(&self.vm.mappings);
-        let (host, size) = (region.as_ptr().cast_const().cast(), region.size() as usize);
-        // SAFETY: the memory is the region's, of which the VM keeps a clone until it is unmapped or gone.
-        let mapped = unsafe { (self.vm.api.hv_vm_map)(host, gpa, size, mapping.protection(false)) };
-        check("hv_vm_map", mapped)?;
-        mappings.insert(gpa, mapping);
-        Ok(())
+        self.vm.mappings.map(gpa, region, flags)
     }
 
     fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()> {
-        let mut mappings = lock(&self.vm.mappings);
-        // SAFETY: no preconditions: the framework checks the range.
-        check("hv_vm_unmap", unsafe { (self.vm.api.hv_vm_unmap)(gpa, size as usize) })?;
-        mappings.remove(&gpa);
-        Ok(())
+        self.vm.mappings.unmap(gpa, size)
     }
 
-    fn log_dirty(&self, gpa: u64, _: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
-        let mut mappings = lock(&self.vm.mappings);
-        let Some(mapping) = mappings.get_mut(&gpa) else {
-            return Ok(());
-        };
-        let old = std::mem::replace(&mut mapping.flags, flags);
-        let changed = self.vm.protect(gpa, mapping.region.size(), mapping.protection(false));
-        if changed.is_err() {
-            mapping.flags = old;
-        } else {
-            mapping.start_log();
-        }
-        changed
+    fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+        self.vm.mappings.log_dirty(gpa, region, flags)
     }
 
-    fn take_dirty(&self, gpa: u64, _: u64, words: &mut [u64]) -> VcpuResult<()> {
-        let mut mappings = lock(&self.vm.mappings);
-        let Some(mapping) = mappings.get_mut(&gpa) else {
-            return Ok(());
-        };
-        for (n, word) in words.iter_mut().enumerate() {
-            let mut bits = mapping.dirty.get(n).copied().unwrap_or(0);
-            *word |= bits;
-            // One call per run of pages. The bits stay until all are protected again: then a page is in this answer only when later
-            // writes are noted anew, and the caller reads it after that.
-            while bits != 0 {
-                let first = bits.trailing_zeros();
-                let count = (bits >> first).trailing_ones();
-                let at = gpa + (n as u64 * 64 + u64::from(first)) * PAGE;
-                self.vm.protect(at, u64::from(count) * PAGE, mapping.protection(false))?;
-                bits &= !(u64::MAX >> (64 - count) << first);
-            }
-        }
-        mapping.dirty.fill(0);
+    fn take_dirty(&self, gpa: u64, size: u64, words: &mut [u64]) -> VcpuResult<()> {
+        let written = self.vm.mappings.take_dirty(gpa, size)?;
+        words.iter_mut().zip(written).for_each(|(word, bits)| *word |= bits);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::state::{CR0_MASK, CR4_MASK, NATIVE_MSRS};
 use super::{Hvf, Vm};
-use crate::accel::AccelKind;
+use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::platform::hvf::check;
 use crate::platform::hvf::thread::{Owner, reap};
@@ -421,8 +421,8 @@ impl VmxVcpu {
     fn violation(&self, link: &Link) -> VcpuResult<Left> {
         let gpa = link.field(vmcs::GUEST_PHYSICAL_ADDRESS)?;
         let is_write = link.field(vmcs::EXIT_QUALIFICATION)? & ept_violation::WRITE != 0;
-        let vm = &self.shared.platform().vm;
-        if is_write && vm.wrote(gpa)? || vm.allows(gpa, is_write) {
+        let rights = if is_write { MemoryFlags::READ | MemoryFlags::WRITE } else { MemoryFlags::READ };
+        if self.shared.platform().vm.mappings.retry(gpa, rights)? {
             return Ok(Left::Again);
         }
         self.emulate(link, Groups::FPU)
