@@ -162,8 +162,8 @@ impl Vcpu {
     }
 
     fn inside(&self, inner: &mut Inner, view: &View<'_>) -> VcpuExit {
-        if let Some(reason) = (NEXT_EXIT.swap(0, Ordering::Relaxed) as u32).checked_sub(1) {
-            return exit::only(reason, &mut view.mischief.borrow_mut());
+        if let Some(reason) = NEXT_EXIT.swap(0, Ordering::Relaxed).checked_sub(1) {
+            return exit::only(reason as u32, &mut view.mischief.borrow_mut());
         }
         let Inner { cpu, timer_masked, pending, .. } = inner;
         cpu.irq = pending[interrupt::IRQ as usize];

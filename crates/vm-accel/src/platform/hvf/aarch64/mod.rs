@@ -119,8 +119,10 @@ impl AccelHvf {
     }
 
     fn examine(api: &'static HvfArm64Api) -> VcpuResult<Capabilities> {
-        let caps = Config::new(api)?.capabilities();
-        match Self::create(api) {
+        super::thread::reap();
+        let config = Config::new(api)?;
+        let caps = config.capabilities();
+        match Vm::create(config, &caps) {
             // In use is available.
             Ok(_) | Err(AccelError::Unavailable { reason: UnavailableReason::InUse, .. }) => Ok(caps),
             Err(why) => Err(why),

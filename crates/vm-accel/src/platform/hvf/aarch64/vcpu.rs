@@ -173,7 +173,6 @@ impl HvfVcpu {
             self.access = Some(access);
             return Err(AccelError::PendingRead { addr, len });
         }
-        // A copy of what else may be called for: the access is out of `self` meanwhile.
         match access.resume(self)? {
             Next::Exit(exit) => {
                 self.access = Some(access);
@@ -188,8 +187,8 @@ impl HvfVcpu {
     fn prepare(&mut self, id: u64) -> VcpuResult<()> {
         let api = self.vm.api;
         let offset = self.vm.count_offset.load(Ordering::Relaxed);
-        // SAFETY, here and below: the vCPU is this thread's, which `bind` has checked.
         if self.count_offset != Some(offset) {
+            // SAFETY, here and below: the vCPU is this thread's, which `bind` has checked.
             check("hv_vcpu_set_vtimer_offset", unsafe { (api.hv_vcpu_set_vtimer_offset)(id, offset) })?;
             self.count_offset = Some(offset);
         }
