@@ -365,8 +365,8 @@ impl Builder<'_> {
                     ];
                     vec![0x0f, self.random.pick(&OPCODES)]
                 }
-                (_, 0) if last < 0x90 || last >= 0xc0 => vec![0x0f, 0x38, last],
-                (_, 1) if last < 0x90 || last >= 0xc0 => vec![0x0f, 0x3a, last],
+                (_, 0) if !(0x90..0xc0).contains(&last) => vec![0x0f, 0x38, last],
+                (_, 1) if !(0x90..0xc0).contains(&last) => vec![0x0f, 0x3a, last],
                 _ => vec![0x0f, last],
             };
             (prefixes, opcode)

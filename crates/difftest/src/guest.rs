@@ -95,14 +95,14 @@ impl Guest {
             for page in (0..len).step_by(0x1000) {
                 let mut table = TABLES;
                 for level in [39, 30, 21] {
-                    let entry = table + 8 * (linear + page >> level & 511);
+                    let entry = table + 8 * (((linear + page) >> level) & 511);
                     if memory.read_u64(entry) == 0 {
                         memory.write_u64(entry, next | 7);
                         next += 0x1000;
                     }
                     table = memory.read_u64(entry) & !0xfff;
                 }
-                memory.write_u64(table + 8 * (linear + page >> 12 & 511), gpa + page | rights);
+                memory.write_u64(table + 8 * (((linear + page) >> 12) & 511), (gpa + page) | rights);
             }
         }
         assert!(next <= GDT);

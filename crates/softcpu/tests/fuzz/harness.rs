@@ -212,7 +212,7 @@ fn fill(low: &Host, high: &Host, random: &mut Random, mode: u8) {
         };
         let levels = if wide { 3 } else { 1 };
         for level in 0..levels {
-            slot(TABLES + 0x1000 * level, TABLES + 0x1000 * (level + 1) | 0x67);
+            slot(TABLES + 0x1000 * level, (TABLES + 0x1000 * (level + 1)) | 0x67);
         }
         slot(TABLES + 0x1000 * levels, (index << 12) & 0xf000 | 0x67);
         if mode & 0x80 != 0 && random.next() & 3 == 0 {
@@ -410,13 +410,13 @@ pub(crate) fn run(input: &[u8], padding: usize) {
         if call == CALLS / 2 && cpu.quiesce().is_none() {
             // The same code as a hypervisor hands it over.
             let code: [u8; 15] = answers_left.take();
-            match cpu.emulate_one(&code) {
-                Emulated::Pending(Exit::Mmio { size, write: false, .. } | Exit::Io { size, write: false, .. }) => {
-                    let data: [u8; 8] = answers_left.take();
-                    let _ = cpu.complete_read(&data[..usize::from(size)]);
-                    let _ = cpu.emulate_one(&code);
-                }
-                _ => {}
+            let emulated = cpu.emulate_one(&code);
+            if let Emulated::Pending(Exit::Mmio { size, write: false, .. } | Exit::Io { size, write: false, .. }) =
+                emulated
+            {
+                let data: [u8; 8] = answers_left.take();
+                let _ = cpu.complete_read(&data[..usize::from(size)]);
+                let _ = cpu.emulate_one(&code);
             }
         }
         let _ = cpu.translate(answers_left.clone().word());
