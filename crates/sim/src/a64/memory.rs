@@ -97,10 +97,10 @@ impl Cpu {
             }
             let hit = (0..8)
                 .filter(|byte| control >> (5 + byte) & 1 != 0)
-                .find(|byte| (va..va.wrapping_add(len as u64)).contains(&(base + byte)));
+                .find(|byte| (va..va.wrapping_add(len as u64)).contains(&base.wrapping_add(*byte)));
             if let Some(byte) = hit {
                 let iss = u64::from(write) << 6 | 0x22;
-                let far = base + byte;
+                let far = base.wrapping_add(byte);
                 return Err(Stop::Trap(Trap { syndrome: syndrome(class::WATCHPOINT, iss), far, ipa: 0 }));
             }
         }

@@ -23,9 +23,6 @@ mod memory;
 mod vcpu;
 mod vm;
 
-#[cfg(test)]
-mod tests;
-
 pub use api::{MACOS_11, MACOS_13};
 
 use crate::hostile::{FailurePlan, Mischief};

@@ -188,7 +188,7 @@ impl HvfVcpu {
         let api = self.vm.api;
         let offset = self.vm.count_offset.load(Ordering::Relaxed);
         if self.count_offset != Some(offset) {
-            // SAFETY, here and below: the vCPU is this thread's, which `bind` has checked.
+            // SAFETY: the vCPU is this thread's, which `bind` has checked.
             check("hv_vcpu_set_vtimer_offset", unsafe { (api.hv_vcpu_set_vtimer_offset)(id, offset) })?;
             self.count_offset = Some(offset);
         }
