@@ -395,8 +395,8 @@ impl Cpu {
             0 => n.wrapping_mul(m),
             1 if wide => (n as i32 as i64).wrapping_mul(m as i32 as i64) as u64,
             5 if wide => (n & 0xffff_ffff).wrapping_mul(m & 0xffff_ffff),
-            2 if wide => (i128::from(n as i64) * i128::from(m as i64) >> 64) as u64,
-            6 if wide => (u128::from(n) * u128::from(m) >> 64) as u64,
+            2 if wide => ((i128::from(n as i64) * i128::from(m as i64)) >> 64) as u64,
+            6 if wide => ((u128::from(n) * u128::from(m)) >> 64) as u64,
             _ => return Err(self.undefined()),
         };
         let high = field(word, 22, 22) != 0;
@@ -421,7 +421,7 @@ impl Cpu {
         let mask = (1u128 << bits) - 1;
         let sum = (0..len / bits).fold(0, |all, n| {
             let at = n * bits;
-            all | ((a >> at & mask) + (b >> at & mask) & mask) << at
+            all | (((a >> at & mask) + (b >> at & mask)) & mask) << at
         });
         self.v[field(word, 4, 0) as usize] = sum;
         Ok(())

@@ -77,7 +77,7 @@ impl Cpu {
 
     fn check(&self, va: u64, len: usize, write: bool) -> Result<(), Stop> {
         let access = if write { Access::Write } else { Access::Read };
-        if !self.mmu_is_on() && va % len as u64 != 0 {
+        if !self.mmu_is_on() && !va.is_multiple_of(len as u64) {
             // Without translation everything is device memory.
             return Err(self.stage1_fault(va, access, ALIGNMENT));
         }
@@ -359,7 +359,7 @@ impl Cpu {
 
     /// The physical address of an atomic access, which must be aligned.
     fn aligned(&self, bus: &impl Bus, at: u64, len: usize) -> Result<u64, Stop> {
-        if at % len as u64 != 0 {
+        if !at.is_multiple_of(len as u64) {
             return Err(self.stage1_fault(at, Access::Write, ALIGNMENT));
         }
         let pa = self.translate(bus, at, Access::Write)?;

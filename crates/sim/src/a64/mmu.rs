@@ -90,7 +90,7 @@ impl Cpu {
             Access::Read => user || !el0,
             Access::Write => (user || !el0) && !read_only,
             // What EL0 can write EL1 cannot execute.
-            Access::Execute if !el0 => bits(descriptor, 53, 53) == 0 && !(user && !read_only),
+            Access::Execute if !el0 => bits(descriptor, 53, 53) == 0 && (!user || read_only),
             Access::Execute => user && bits(descriptor, 54, 54) == 0,
         }
     }

@@ -272,7 +272,7 @@ impl Cpu {
         if self.trap_debug {
             self.breakpoints()?;
         }
-        if self.pc % 4 != 0 {
+        if !self.pc.is_multiple_of(4) {
             return Err(Stop::Fault { syndrome: syndrome(class::PC_ALIGNMENT, 0), far: Some(self.pc) });
         }
         let word = self.fetch(bus)?;

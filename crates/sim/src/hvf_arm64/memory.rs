@@ -48,9 +48,9 @@ macro_rules! atomically {
     ($host:expr, $len:expr, $atomic:ident, $word:ident => $body:expr, $otherwise:expr) => {
         match $len {
             1 => atomically!(@ $host, AtomicU8, u8, $atomic, $word, $body),
-            2 if $host % 2 == 0 => atomically!(@ $host, AtomicU16, u16, $atomic, $word, $body),
-            4 if $host % 4 == 0 => atomically!(@ $host, AtomicU32, u32, $atomic, $word, $body),
-            8 if $host % 8 == 0 => atomically!(@ $host, AtomicU64, u64, $atomic, $word, $body),
+            2 if $host.is_multiple_of(2) => atomically!(@ $host, AtomicU16, u16, $atomic, $word, $body),
+            4 if $host.is_multiple_of(4) => atomically!(@ $host, AtomicU32, u32, $atomic, $word, $body),
+            8 if $host.is_multiple_of(8) => atomically!(@ $host, AtomicU64, u64, $atomic, $word, $body),
             _ => $otherwise,
         }
     };
@@ -105,7 +105,7 @@ impl Memory {
 
     fn check(&self, ipa: u64, size: u64, flags: u64) -> Result<Range<u64>, HvReturn> {
         let end = ipa.checked_add(size).filter(|end| *end <= 1 << self.bits).ok_or(code::BAD_ARGUMENT)?;
-        let aligned = ipa % PAGE_SIZE == 0 && size % PAGE_SIZE == 0 && size != 0;
+        let aligned = ipa.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE) && size != 0;
         if !aligned {
             complain(format!("{size:#x} bytes at {ipa:#x} are not whole pages"));
         }
@@ -114,7 +114,7 @@ impl Memory {
 
     pub(super) fn map(&self, host: usize, ipa: u64, size: u64, flags: u64) -> Result<(), HvReturn> {
         let range = self.check(ipa, size, flags)?;
-        if host == 0 || host % HOST_PAGE != 0 {
+        if host == 0 || !host.is_multiple_of(HOST_PAGE) {
             complain(format!("hv_vm_map: host address {host:#x} is not that of a page"));
             return Err(code::BAD_ARGUMENT);
         }
