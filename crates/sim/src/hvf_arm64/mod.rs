@@ -1,6 +1,6 @@
 //! Hypervisor.framework of Apple silicon, in software.
 //!
-//! Each vCPU is the interpreter of [`crate::a64`]'s, at EL1. The facade owns the platform's semantics, as Apple's headers and
+//! Each vCPU is the interpreter of `crate::a64`'s, at EL1. The facade owns the platform's semantics, as Apple's headers and
 //! the run loops of openvmm, libkrun, QEMU and uhyve show them:
 //!
 //! * Exits come in a structure that the platform owns and rewrites. The program counter stands where the architecture puts ELR_EL2:

@@ -75,8 +75,11 @@ impl<P: Platform> Mapper for Memory<P> {
     }
 
     fn take_dirty(&self, gpa: u64, size: u64) -> VcpuResult<Vec<u64>> {
-        let mut words = self.ram.take_dirty_log(gpa).map_err(unmapped)?;
+        // The platform first: it may fail, and then nothing must be lost.
+        let mut words = vec![0; size.div_ceil(PAGE * 64) as usize];
         self.platform.take_dirty(gpa, size, &mut words)?;
+        let emulated = self.ram.take_dirty_log(gpa).map_err(unmapped)?;
+        words.iter_mut().zip(emulated).for_each(|(word, more)| *word |= more);
         Ok(words)
     }
 }
