@@ -631,9 +631,10 @@ fn is_sha(insn: &Instruction) -> bool {
     insn.cpuid_features().contains(&CpuidFeature::SHA)
 }
 
-/// Whether an address is in or near the code, which is not complete while the sequence grows and so cannot be read.
+/// Whether an address is in the code, which is not complete while the sequence grows and so cannot be read, or where an instruction of
+/// 16 bits can move a pointer to it: among the host's own pages.
 fn in_code(address: u64) -> bool {
-    (CODE - 0x1000..CODE + 0x2000).contains(&address)
+    address >> 16 == CODE >> 16
 }
 
 /// mov reg, imm64
