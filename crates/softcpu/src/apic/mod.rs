@@ -588,8 +588,7 @@ impl Apic {
     #[must_use]
     pub fn requested(&self) -> Option<u8> {
         let in_service = register::highest_bit(&self.regs, ISR).map_or(0, |vector| vector >> 4);
-        register::highest_bit(&self.regs, IRR)
-            .filter(|vector| self.is_software_enabled() && vector >> 4 > in_service)
+        register::highest_bit(&self.regs, IRR).filter(|vector| self.is_software_enabled() && vector >> 4 > in_service)
     }
 
     /// The CPU takes [`Apic::pending`]: it moves from requested to in service.
