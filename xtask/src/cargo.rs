@@ -25,6 +25,8 @@ pub(crate) fn build_static(arch: &Arch, args: &[&str], name: &str) -> Result<Pat
         .args(args)
         .args(["--target", &arch.triple(), "--message-format", "json-render-diagnostics"])
         .env("RUSTFLAGS", flags.trim_start())
+        // Nobody measures with these programs, and optimising across crates takes longer than all that they do.
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     Toolchain::for_target(arch)?.apply(&mut command);
     println!("building {name} for {} (static)", arch.rust);
