@@ -6,9 +6,11 @@
 //! maintenance) is `None`, and the backend's typed error then carries the word. Nothing here knows a platform.
 
 mod access;
+pub(crate) mod exception;
 mod walk;
 
 pub(crate) use access::{Access, Cpu, Next};
+pub(crate) use exception::System;
 pub(crate) use walk::Stage1;
 
 use crate::regs::GuestRegs;

@@ -8,6 +8,7 @@ mod aarch64_access;
 #[allow(dead_code)]
 mod aarch64_debug;
 pub mod fallback;
+mod gate;
 #[cfg(any(hvf_x86_64, hvf_aarch64))]
 pub mod hvf;
 #[cfg(kvm)]

@@ -1,14 +1,15 @@
 //! One virtual machine: its memory, its interrupt fabric, its doorbells. [`Machine`] is the whole of
 //! [`Accel`] for every [`Platform`]; what a backend adds is its type's name.
 
+use super::Platform;
 use super::vcpu::SoftVcpu;
-use super::{Platform, gate::Alarm};
 use crate::accel::{
     Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags, MsiMessage,
 };
 use crate::error::{AccelError, VcpuResult};
 use crate::event::HostEvent;
 use crate::memory::{DirtyBitmap, GuestRegion};
+use crate::platform::gate::Alarm;
 use crate::platform::slots::{Mapper, Rules, Slots};
 use crate::platform::soft_apic::{Fabric, lock};
 use crate::vcpu_common::VcpuOps;

@@ -8,7 +8,6 @@
 //! and a platform's part is an [`Engine`]: enter the guest, move registers.
 
 pub(super) mod bus;
-pub(super) mod gate;
 pub(super) mod machine;
 mod state;
 pub(super) mod vcpu;

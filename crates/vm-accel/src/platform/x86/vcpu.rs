@@ -4,10 +4,10 @@
 //! does when there is a local APIC, what is injected when, and the completion protocol's bookkeeping.
 
 use super::bus::{ApicBus, nanoseconds};
-use super::gate::Gate;
 use super::{Engine, Groups, Left, Order, Platform, Shared};
 use crate::accel::{AccelKind, IoAddress};
 use crate::error::{AccelError, VcpuResult};
+use crate::platform::gate::Gate;
 use crate::platform::soft_apic::{LocalApic, Wake, lock, until};
 use crate::regs::x86_64::{MpState, X86Vcpu};
 use crate::regs::x86_debug::{debug_event, debug_registers};

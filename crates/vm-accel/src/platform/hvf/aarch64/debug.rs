@@ -1,7 +1,8 @@
 //! Debugging by the host: debug exceptions are trapped, and the guest's debug registers stand aside meanwhile.
 
-use super::state::{Registers, pstate};
+use super::state::Registers;
 use crate::error::VcpuResult;
+use crate::platform::aarch64_access::exception::pstate;
 use crate::platform::aarch64_debug::comparators;
 use crate::regs::aarch64::PlatformRegister;
 use crate::vcpu_common::{BreakOn, GuestDebug};

@@ -2,6 +2,7 @@
 
 use super::Vm;
 use crate::error::{AccelError, VcpuResult};
+use crate::platform::aarch64_access::exception::pstate;
 use crate::platform::hvf::check;
 use crate::platform::hvf::thread::{Owner, reap};
 use crate::regs::GuestRegs;
@@ -10,20 +11,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, VcpuExit, Vector, reg, sys_reg};
-
-/// PSTATE in SPSR layout (Arm ARM, C5.2.19).
-pub(super) mod pstate {
-    pub(in super::super) const SS: u64 = 1 << 21;
-    pub(in super::super) const A: u64 = 1 << 8;
-    /// AArch32, exception level, selected stack pointer.
-    pub(in super::super) const MODE: u64 = 0x1f;
-    pub(in super::super) const EL: u64 = 0xc;
-    pub(in super::super) const EL1H: u64 = 5;
-    /// What an exception keeps: the flags.
-    pub(in super::super) const FLAGS: u64 = 0xf << 28;
-    /// D, A, I, F.
-    pub(in super::super) const MASKED: u64 = 0xf << 6;
-}
 
 /// Bits of SCTLR_EL1 that are one on a CPU without extensions (Arm ARM, D24.2.118).
 const SCTLR_RESET: u64 = 0x30d0_0800;

@@ -6,10 +6,11 @@
 use super::Vm;
 use super::call::{Answer, Power, answer};
 use super::debug::Debugging;
-use super::state::{Registers, pstate};
+use super::state::Registers;
 use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, InstructionBytes, VcpuResult};
-use crate::platform::aarch64_access::{Access, Cpu, Next, Stage1, Transfer, decode};
+use crate::error::{AccelError, VcpuResult};
+use crate::platform::aarch64_access::exception::{ISS_CACHE, ISS_WALK, ISS_WRITE, SYNCHRONOUS, class, pstate};
+use crate::platform::aarch64_access::{Access, Cpu, Next, System};
 use crate::platform::aarch64_debug::debug_event;
 use crate::platform::hvf::check;
 use crate::platform::soft_apic::lock;
@@ -23,28 +24,15 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 use vm_accel_sys::hvf::aarch64::{ExitException, HvfArm64Api, interrupt, reason, reg, sys_reg};
 
-/// Exception classes (Arm ARM, D24.2.40, "EC").
-mod class {
-    pub(super) const UNKNOWN: u64 = 0;
+/// Exception classes beside the shared ones.
+mod trap {
     pub(super) const WFX: u64 = 0x01;
     pub(super) const HVC: u64 = 0x16;
     pub(super) const SMC: u64 = 0x17;
     pub(super) const SYS_REG: u64 = 0x18;
-    pub(super) const INSTRUCTION_ABORT: u64 = 0x20;
-    pub(super) const DATA_ABORT: u64 = 0x24;
-    pub(super) const SERROR: u64 = 0x2f;
     pub(super) const BRK: u64 = 0x3c;
 }
 
-/// Fields of the syndromes of aborts.
-const ISS_WRITE: u64 = 1 << 6;
-const ISS_WALK: u64 = 1 << 7;
-const ISS_CACHE: u64 = 1 << 8;
-/// A synchronous external abort, as a fault status.
-const EXTERNAL: u64 = 0x10;
-/// Offsets in a quarter of the vectors (Arm ARM, D1.3.1).
-const SYNCHRONOUS: u64 = 0;
-const SERROR: u64 = 0x180;
 /// CNTV_CTL_EL0: enabled, its time has come, not masked.
 const TIMER_FIRES: u64 = 5;
 const TIMER_MASKED: u64 = 2;
@@ -179,7 +167,7 @@ impl HvfVcpu {
                 Ok(Some(exit))
             }
             Next::Done => Ok(None),
-            Next::Lost => Err(self.undecoded(None)),
+            Next::Lost => Err(self.undecoded(AccelKind::Hvf, self.last_exit.map_or(0, |(_, at)| at.syndrome), None)),
         }
     }
 
@@ -242,7 +230,7 @@ impl HvfVcpu {
                     self.shared.change_power(|_| Power::On);
                 }
             }
-            self.take_serror()?;
+            self.deliver_serror()?;
             self.prepare(bound)?;
             // SAFETY: the vCPU is this thread's, which `bind` has checked.
             check("hv_vcpu_run", unsafe { (self.vm.api.hv_vcpu_run)(bound) })?;
@@ -272,24 +260,24 @@ impl HvfVcpu {
         let syndrome = exit.syndrome;
         let class = syndrome >> 26 & 0x3f;
         // What a trapped instruction would do comes after a system error that waited for the guest to unmask it.
-        if class != class::HVC && self.take_serror()? {
+        if class != trap::HVC && self.deliver_serror()? {
             return Ok(None);
         }
         match class {
             class::DATA_ABORT => self.data_abort(exit),
             class::INSTRUCTION_ABORT => {
                 if !self.retry(exit, MemoryFlags::EXECUTE)? {
-                    self.external_abort(exit)?;
+                    self.external_abort(syndrome, exit.virtual_address)?;
                 }
                 Ok(None)
             }
-            class::HVC => self.call(),
-            class::SMC => {
+            trap::HVC => self.call(),
+            trap::SMC => {
                 self.skip()?;
                 self.call()
             }
-            class::SYS_REG => self.system_register(syndrome).map(|()| None),
-            class::WFX => {
+            trap::SYS_REG => self.system_register(syndrome).map(|()| None),
+            trap::WFX => {
                 self.skip()?;
                 let is_wfe = syndrome & 1 != 0;
                 if !is_wfe {
@@ -297,7 +285,7 @@ impl HvfVcpu {
                 }
                 Ok(None)
             }
-            class::BRK if !self.debugging.wanted.software_breakpoints => {
+            trap::BRK if !self.debugging.wanted.software_breakpoints => {
                 self.inject(SYNCHRONOUS, syndrome, None)?;
                 Ok(None)
             }
@@ -309,12 +297,6 @@ impl HvfVcpu {
                 None => Ok(Some(VcpuExit::Unknown)),
             },
         }
-    }
-
-    /// The instruction at the program counter is done.
-    fn skip(&mut self) -> VcpuResult<()> {
-        let pc = self.registers.get(reg::PC)?;
-        self.registers.set(reg::PC, pc.wrapping_add(4))
     }
 
     /// Whether the access may be tried again: memory is there, and the platform or the dirty log was the reason.
@@ -331,7 +313,7 @@ impl HvfVcpu {
         }
         if is_walk {
             // The guest's tables are where no memory is.
-            self.external_abort(exit)?;
+            self.external_abort(syndrome, exit.virtual_address)?;
             return Ok(None);
         }
         if syndrome & ISS_CACHE != 0 {
@@ -339,46 +321,8 @@ impl HvfVcpu {
             self.skip()?;
             return Ok(None);
         }
-        self.access = Some(match Transfer::told(syndrome) {
-            Some(transfer) => Access::told(transfer, exit.physical_address, self)?,
-            None => {
-                let (stage1, word) = self.instruction()?;
-                let transfer = word.filter(|_| !stage1.is_big_endian()).and_then(decode);
-                let transfer = transfer.ok_or_else(|| self.undecoded(word))?;
-                Access::decoded(transfer, stage1, self)?
-            }
-        });
+        self.access = Some(self.aborted(AccelKind::Hvf, syndrome, exit.physical_address)?);
         self.resume()
-    }
-
-    /// The guest's translation, and the instruction that it is at.
-    fn instruction(&self) -> VcpuResult<(Stage1, Option<u32>)> {
-        let sys = |register| self.registers.sys(register);
-        let stage1 = Stage1 {
-            sctlr: sys(sys_reg::SCTLR_EL1)?,
-            tcr: sys(sys_reg::TCR_EL1)?,
-            ttbr0: sys(sys_reg::TTBR0_EL1)?,
-            ttbr1: sys(sys_reg::TTBR1_EL1)?,
-        };
-        let pc = self.registers.get(reg::PC)?;
-        let table = |gpa| {
-            let mut word = [0; 8];
-            self.memory(gpa, false, &mut word).then(|| u64::from_le_bytes(word))
-        };
-        let word = stage1.translate(pc, table).and_then(|gpa| {
-            let mut word = [0; 4];
-            self.memory(gpa, false, &mut word).then(|| u32::from_le_bytes(word))
-        });
-        Ok((stage1, word))
-    }
-
-    fn undecoded(&self, word: Option<u32>) -> AccelError {
-        AccelError::Emulation {
-            kind: AccelKind::Hvf,
-            code: self.last_exit.map_or(0, |(_, exception)| exception.syndrome as u32),
-            pc: self.registers.get(reg::PC).unwrap_or(0),
-            instruction: word.map_or_else(Default::default, |word| InstructionBytes::new(&word.to_le_bytes())),
-        }
     }
 
     fn call(&mut self) -> VcpuResult<Option<VcpuExit>> {
@@ -441,45 +385,12 @@ impl HvfVcpu {
         Ok(())
     }
 
-    /// Lets the guest take an exception at EL1 (Arm ARM, D1.3.2, "AArch64.TakeException").
-    fn inject(&mut self, vector: u64, syndrome: u64, far: Option<u64>) -> VcpuResult<()> {
-        let registers = &mut self.registers;
-        let (pc, cpsr) = (registers.get(reg::PC)?, registers.get(reg::CPSR)? & !pstate::SS);
-        let quarter = match cpsr & pstate::MODE {
-            mode if mode & pstate::EL == 0 => 0x400,
-            pstate::EL1H => 0x200,
-            _ => 0,
-        };
-        registers.set_sys(sys_reg::ESR_EL1, syndrome)?;
-        if let Some(far) = far {
-            registers.set_sys(sys_reg::FAR_EL1, far)?;
-        }
-        registers.set_sys(sys_reg::ELR_EL1, pc)?;
-        registers.set_sys(sys_reg::SPSR_EL1, cpsr)?;
-        registers.set(reg::CPSR, cpsr & pstate::FLAGS | pstate::MASKED | pstate::EL1H)?;
-        let vectors = registers.sys(sys_reg::VBAR_EL1)?;
-        registers.set(reg::PC, vectors.wrapping_add(quarter + vector))
-    }
-
-    /// The access that was aborted ends with an external abort.
-    fn external_abort(&mut self, exit: &ExitException) -> VcpuResult<()> {
-        let from_el0 = self.registers.get(reg::CPSR)? & pstate::EL == 0;
-        let class = exit.syndrome >> 26 & 0x3f | u64::from(!from_el0);
-        let syndrome = class << 26 | 1 << 25 | exit.syndrome & ISS_WRITE | EXTERNAL;
-        self.inject(SYNCHRONOUS, syndrome, Some(exit.virtual_address))
-    }
-
     /// Delivers a system error that waits, if the guest does not mask it: true if it was.
-    fn take_serror(&mut self) -> VcpuResult<bool> {
-        let Some(syndrome) = self.serror else {
-            return Ok(false);
-        };
-        if self.registers.get(reg::CPSR)? & pstate::A != 0 {
-            return Ok(false);
-        }
-        self.inject(SERROR, class::SERROR << 26 | 1 << 25 | syndrome & 0x1ff_ffff, None)?;
-        self.serror = None;
-        Ok(true)
+    fn deliver_serror(&mut self) -> VcpuResult<bool> {
+        let mut waiting = self.serror;
+        let taken = self.take_serror(&mut waiting);
+        self.serror = waiting;
+        taken
     }
 
     fn expect(&self, what: &'static str, is_write: bool) -> VcpuResult<(&Access, PendingAccess)> {
@@ -509,6 +420,25 @@ impl Cpu for HvfVcpu {
 
     fn memory(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
         self.vm.memory(gpa, is_write, data)
+    }
+}
+
+impl System for HvfVcpu {
+    fn state(&self) -> VcpuResult<(u64, u64)> {
+        Ok((self.registers.get(reg::PC)?, self.registers.get(reg::CPSR)?))
+    }
+
+    fn set_state(&mut self, pc: u64, pstate: u64) -> VcpuResult<()> {
+        self.registers.set(reg::CPSR, pstate)?;
+        self.registers.set(reg::PC, pc)
+    }
+
+    fn sys(&self, register: u16) -> VcpuResult<u64> {
+        self.registers.sys(register)
+    }
+
+    fn set_sys(&mut self, register: u16, value: u64) -> VcpuResult<()> {
+        self.registers.set_sys(register, value)
     }
 }
 
@@ -639,7 +569,7 @@ impl Aarch64Vcpu for HvfVcpu {
             let abort = self.last_exit.filter(|_| self.access.is_some()).map(|(_, exception)| exception);
             let abort = abort.ok_or_else(|| AccelError::invalid("external abort", "the last exit was no access"))?;
             self.access = None;
-            self.external_abort(&abort)?;
+            self.external_abort(abort.syndrome, abort.virtual_address)?;
         }
         if events.serror_pending {
             self.serror = Some(events.serror_esr.unwrap_or(0));

@@ -15,6 +15,7 @@ use crate::accel::{AccelKind, Capabilities, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::memory::GuestRegion;
 use crate::platform::fallback;
+use crate::platform::whpx::partition::{is_off, map_flags, unavailable};
 use crate::platform::x86::machine::impl_accel;
 use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
 use partition::{Partition, capability};
@@ -49,19 +50,11 @@ struct Offer {
     tsc_hz: u64,
 }
 
-/// An error of the probe as the reason why the platform cannot be used.
-fn unavailable(reason: UnavailableReason) -> AccelError {
-    AccelError::Unavailable { kind: AccelKind::Whpx, reason }
-}
-
 impl Offer {
     /// Asks the platform.
     fn of(api: &WhpApi) -> VcpuResult<Self> {
-        let is_off = UnavailableReason::FeatureOff {
-            hint: "switch on virtualization in the firmware and the Windows feature \"Windows Hypervisor Platform\", then restart",
-        };
         if capability(api, WHvCapabilityCodeHypervisorPresent)?.unwrap_or(0) as u32 == 0 {
-            return Err(unavailable(is_off));
+            return Err(is_off());
         }
         if api.WHvGetVirtualProcessorXsaveState.is_none() || api.WHvSetVirtualProcessorXsaveState.is_none() {
             let function = "WHvGetVirtualProcessorXsaveState";
@@ -161,17 +154,6 @@ struct Whpx {
     partition: Arc<Partition>,
 }
 
-/// The platform's flags of a mapping.
-fn map_flags(flags: MemoryFlags) -> WHV_MAP_GPA_RANGE_FLAGS {
-    let pairs = [
-        (MemoryFlags::READ, WHvMapGpaRangeFlagRead),
-        (MemoryFlags::WRITE, WHvMapGpaRangeFlagWrite),
-        (MemoryFlags::EXECUTE, WHvMapGpaRangeFlagExecute),
-        (MemoryFlags::LOG_DIRTY, WHvMapGpaRangeFlagTrackDirtyPages),
-    ];
-    pairs.iter().filter(|(ours, _)| flags.contains(*ours)).fold(0, |all, (_, theirs)| all | theirs)
-}
-
 impl Platform for Whpx {
     const KIND: AccelKind = AccelKind::Whpx;
     type Engine = Processor;
@@ -208,13 +190,6 @@ impl Platform for Whpx {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rights_and_log_are_flags_of_their_own() {
-        assert_eq!(map_flags(MemoryFlags::ROM), WHvMapGpaRangeFlagRead | WHvMapGpaRangeFlagExecute);
-        let all = map_flags(MemoryFlags::RAM | MemoryFlags::LOG_DIRTY);
-        assert_eq!(all, map_flags(MemoryFlags::RAM) | WHvMapGpaRangeFlagTrackDirtyPages);
-    }
 
     #[test]
     fn what_the_host_lacks_is_hidden() {

@@ -1,23 +1,14 @@
 //! The platform of the running Windows.
 
-use super::{AccelWhpx, unavailable};
+use super::AccelWhpx;
 use crate::accel::Capabilities;
-use crate::error::{UnavailableReason, VcpuResult};
-use vm_accel_sys::LoadError;
-use vm_accel_sys::whpx::LIBRARY;
+use crate::error::VcpuResult;
+use crate::platform::whpx::partition::missing;
 use vm_accel_sys::whpx::x86_64::WhpApi;
 
 /// The system's table.
 fn table() -> VcpuResult<&'static WhpApi> {
-    WhpApi::system().map_err(|why| {
-        unavailable(match why {
-            LoadError::Function { library, name } => UnavailableReason::FunctionMissing { library, function: name },
-            _ => UnavailableReason::LibraryMissing {
-                library: LIBRARY,
-                hint: "switch on the Windows feature \"Windows Hypervisor Platform\" and restart",
-            },
-        })
-    })
+    WhpApi::system().map_err(missing)
 }
 
 impl AccelWhpx {

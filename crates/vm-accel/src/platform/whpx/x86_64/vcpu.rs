@@ -3,10 +3,11 @@
 //! The platform never completes an access: RIP stands at the instruction, which the emulator executes. After HLT alone RIP is
 //! behind it already (inferred from openvmm, QEMU, crosvm and hyperlight, which never touch it).
 
-use super::partition::{Partition, is_code};
+use super::partition::Partition;
 use super::registers::{ROWS, Row};
 use crate::accel::AccelKind;
 use crate::error::{AccelError, VcpuResult};
+use crate::platform::whpx::partition::is_code;
 use crate::platform::x86::{Engine, Groups, Left, Order};
 use crate::regs::x86_64::{FXSAVE_SIZE, X86FpuRegs};
 use crate::vcpu_common::VcpuExit;

@@ -36,7 +36,7 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
-    pub(super) fn new(cancel: Cancel, alarm: &Arc<Alarm>) -> Arc<Self> {
+    pub(crate) fn new(cancel: Cancel, alarm: &Arc<Alarm>) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             asked: AtomicBool::new(false),
             inside: AtomicBool::new(false),
@@ -48,13 +48,13 @@ impl Gate {
     }
 
     /// The vCPU's thread is about to look at its mail.
-    pub(super) fn attend(&self) {
+    pub(crate) fn attend(&self) {
         // Acquire: what the caller did before it left word is visible. A word left from now on stays.
         self.asked.swap(false, Ordering::AcqRel);
     }
 
     /// The vCPU's thread wants to enter, and to be called at the deadline. False if word was left since it attended.
-    pub(super) fn enter(&self, deadline: Option<Instant>) -> bool {
+    pub(crate) fn enter(&self, deadline: Option<Instant>) -> bool {
         *lock(&self.deadline) = deadline;
         // SeqCst pairs with `kick`: either it sees us inside, or we see its word.
         self.inside.store(true, Ordering::SeqCst);
@@ -69,7 +69,7 @@ impl Gate {
     }
 
     /// The vCPU's thread is back.
-    pub(super) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.inside.store(false, Ordering::SeqCst);
     }
 
@@ -91,7 +91,7 @@ impl Gate {
     }
 
     /// No cancellation is under way when this returns, and none comes any more.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         *lock(&self.cancel) = None;
     }
 }

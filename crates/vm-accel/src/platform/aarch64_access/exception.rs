@@ -1,0 +1,137 @@
+//! Exceptions that a VMM makes a guest take, and the instruction that a guest is at.
+
+use super::{Access, Cpu, Stage1, Transfer, decode};
+use crate::accel::AccelKind;
+use crate::error::{AccelError, InstructionBytes, VcpuResult};
+use crate::regs::aarch64::{ELR_EL1, ESR_EL1, FAR_EL1, SCTLR_EL1, SPSR_EL1, TCR_EL1, TTBR0_EL1, TTBR1_EL1, VBAR_EL1};
+
+/// Exception classes (Arm ARM, D24.2.40, "EC"); the aborts are a lower level's, one more is the same level's.
+pub(crate) mod class {
+    pub(crate) const UNKNOWN: u64 = 0;
+    pub(crate) const INSTRUCTION_ABORT: u64 = 0x20;
+    pub(crate) const DATA_ABORT: u64 = 0x24;
+    pub(crate) const SERROR: u64 = 0x2f;
+}
+
+/// PSTATE in SPSR layout (Arm ARM, C5.2.19).
+pub(crate) mod pstate {
+    pub(crate) const SS: u64 = 1 << 21;
+    pub(crate) const A: u64 = 1 << 8;
+    /// AArch32, exception level, selected stack pointer.
+    pub(crate) const MODE: u64 = 0x1f;
+    pub(crate) const EL: u64 = 0xc;
+    pub(crate) const EL1H: u64 = 5;
+    /// What an exception keeps: the flags.
+    pub(crate) const FLAGS: u64 = 0xf << 28;
+    /// D, A, I, F.
+    pub(crate) const MASKED: u64 = 0xf << 6;
+}
+
+/// Fields of the syndromes of aborts.
+pub(crate) const ISS_WRITE: u64 = 1 << 6;
+pub(crate) const ISS_WALK: u64 = 1 << 7;
+pub(crate) const ISS_CACHE: u64 = 1 << 8;
+/// A synchronous external abort, as a fault status.
+const EXTERNAL: u64 = 0x10;
+/// Offsets in a quarter of the vectors (Arm ARM, D1.3.1).
+pub(crate) const SYNCHRONOUS: u64 = 0;
+const SERROR: u64 = 0x180;
+
+/// What that needs of a vCPU.
+pub(crate) trait System: Cpu {
+    /// The program counter and PSTATE.
+    fn state(&self) -> VcpuResult<(u64, u64)>;
+    fn set_state(&mut self, pc: u64, pstate: u64) -> VcpuResult<()>;
+    fn sys(&self, register: u16) -> VcpuResult<u64>;
+    fn set_sys(&mut self, register: u16, value: u64) -> VcpuResult<()>;
+
+    /// Lets the guest take an exception at EL1 (Arm ARM, D1.3.2, "AArch64.TakeException").
+    fn inject(&mut self, vector: u64, syndrome: u64, far: Option<u64>) -> VcpuResult<()> {
+        let (pc, pstate) = self.state()?;
+        let pstate = pstate & !pstate::SS;
+        let quarter = match pstate & pstate::MODE {
+            mode if mode & pstate::EL == 0 => 0x400,
+            pstate::EL1H => 0x200,
+            _ => 0,
+        };
+        self.set_sys(ESR_EL1, syndrome)?;
+        if let Some(far) = far {
+            self.set_sys(FAR_EL1, far)?;
+        }
+        self.set_sys(ELR_EL1, pc)?;
+        self.set_sys(SPSR_EL1, pstate)?;
+        let vectors = self.sys(VBAR_EL1)?;
+        self.set_state(vectors.wrapping_add(quarter + vector), pstate & pstate::FLAGS | pstate::MASKED | pstate::EL1H)
+    }
+
+    /// The access that was aborted with this syndrome, at this virtual address, ends with an external abort.
+    fn external_abort(&mut self, syndrome: u64, far: u64) -> VcpuResult<()> {
+        let from_el0 = self.state()?.1 & pstate::EL == 0;
+        let class = syndrome >> 26 & 0x3f | u64::from(!from_el0);
+        let syndrome = class << 26 | 1 << 25 | syndrome & ISS_WRITE | EXTERNAL;
+        self.inject(SYNCHRONOUS, syndrome, Some(far))
+    }
+
+    /// Delivers a system error that waits, if the guest does not mask it: true if it was.
+    fn take_serror(&mut self, waiting: &mut Option<u64>) -> VcpuResult<bool> {
+        let Some(syndrome) = *waiting else {
+            return Ok(false);
+        };
+        if self.state()?.1 & pstate::A != 0 {
+            return Ok(false);
+        }
+        self.inject(SERROR, class::SERROR << 26 | 1 << 25 | syndrome & 0x1ff_ffff, None)?;
+        *waiting = None;
+        Ok(true)
+    }
+
+    /// The instruction at the program counter is done.
+    fn skip(&mut self) -> VcpuResult<()> {
+        let (pc, pstate) = self.state()?;
+        self.set_state(pc.wrapping_add(4), pstate)
+    }
+
+    /// The guest's translation, and the instruction that it is at.
+    fn instruction(&self) -> VcpuResult<(Stage1, Option<u32>)> {
+        let stage1 = Stage1 {
+            sctlr: self.sys(SCTLR_EL1)?,
+            tcr: self.sys(TCR_EL1)?,
+            ttbr0: self.sys(TTBR0_EL1)?,
+            ttbr1: self.sys(TTBR1_EL1)?,
+        };
+        let (pc, _) = self.state()?;
+        let table = |gpa| {
+            let mut word = [0; 8];
+            self.memory(gpa, false, &mut word).then(|| u64::from_le_bytes(word))
+        };
+        let word = stage1.translate(pc, table).and_then(|gpa| {
+            let mut word = [0; 4];
+            self.memory(gpa, false, &mut word).then(|| u32::from_le_bytes(word))
+        });
+        Ok((stage1, word))
+    }
+
+    /// The load or store that was aborted with this syndrome at a guest physical address.
+    fn aborted(&self, kind: AccelKind, syndrome: u64, gpa: u64) -> VcpuResult<Access>
+    where
+        Self: Sized,
+    {
+        if let Some(transfer) = Transfer::told(syndrome) {
+            return Access::told(transfer, gpa, self);
+        }
+        let (stage1, word) = self.instruction()?;
+        let transfer = word.filter(|_| !stage1.is_big_endian()).and_then(decode);
+        let transfer = transfer.ok_or_else(|| self.undecoded(kind, syndrome, word))?;
+        Access::decoded(transfer, stage1, self)
+    }
+
+    /// That the instruction cannot be done here.
+    fn undecoded(&self, kind: AccelKind, syndrome: u64, word: Option<u32>) -> AccelError {
+        AccelError::Emulation {
+            kind,
+            code: syndrome as u32,
+            pc: self.state().map_or(0, |(pc, _)| pc),
+            instruction: word.map_or_else(Default::default, |word| InstructionBytes::new(&word.to_le_bytes())),
+        }
+    }
+}
