@@ -11,21 +11,20 @@ use vm_accel_guests::world::{World, flags, layout};
 use vm_accel_guests::{Bits, IcedError, assemble};
 
 cases![
-    msi_is_delivered[KernelIrqchip],
-    msi_interrupts_a_loop[KernelIrqchip],
-    msi_wakes_halt[KernelIrqchip],
-    msi_waits_for_enabled_interrupts[KernelIrqchip],
+    msi_is_delivered[LocalApic],
+    msi_interrupts_a_loop[LocalApic],
+    msi_wakes_halt[LocalApic],
+    msi_waits_for_enabled_interrupts[LocalApic],
     line_through_ioapic[KernelIrqchip],
     level_line_is_raised_again[KernelIrqchip],
     line_through_pic[KernelIrqchip],
     line_from_another_thread[KernelIrqchip],
     routed_line_is_an_msi[KernelIrqchip],
-    lapic_timer[KernelIrqchip],
+    lapic_timer[LocalApic],
     pit_timer[KernelIrqchip],
     irqfd_raises_a_line[KernelIrqchip, Irqfd],
     irqfd_resamples[KernelIrqchip, Irqfd],
     irqfd_resamples_not_before_the_end[KernelIrqchip, Irqfd],
-    split_msi_is_delivered[SplitIrqchip],
     split_reports_end_of_interrupt[SplitIrqchip],
     split_has_no_lines[SplitIrqchip],
     injected_without_controller,
@@ -33,12 +32,12 @@ cases![
     injection_needs_no_controller[KernelIrqchip],
     lines_need_a_controller,
     nmi_without_controller,
-    nmi_with_controller[KernelIrqchip],
+    nmi_with_controller[LocalApic],
     ioevent_on_port[Ioevent],
     ioevent_on_mmio[Ioevent],
     ioevent_matches_value_and_width[Ioevent],
     ioevent_refuses_nonsense[Ioevent],
-    smp_init_and_sipi[KernelIrqchip, ThreadMoves],
+    smp_init_and_sipi[LocalApic, ThreadMoves],
     smp_shares_memory[ThreadMoves],
 ];
 
@@ -101,19 +100,17 @@ fn ready(host: &Host, world: &World, chip: IrqChip) -> Outcome<Machine> {
     Ok(m)
 }
 
-fn msi_with(host: &Host, chip: IrqChip) -> Outcome {
-    let mut m = ready(host, &lapic_world(|_| Ok(())), chip)?;
-    for vector in [VECTOR, 0x20, 0xfe, VECTOR] {
-        m.vm.signal_msi(msi(vector))?;
-        m.expect_vector(vector)?;
-        m.expect_out(ALIVE, 1)?;
-    }
-    assert_eq!(m.report()?.count, 4);
-    Ok(())
-}
-
 fn msi_is_delivered(host: &Host) -> Outcome {
-    msi_with(host, IrqChip::Kernel)
+    host.with_local_apics(|chip| {
+        let mut m = ready(host, &lapic_world(|_| Ok(())), chip)?;
+        for vector in [VECTOR, 0x20, 0xfe, VECTOR] {
+            m.vm.signal_msi(msi(vector))?;
+            m.expect_vector(vector)?;
+            m.expect_out(ALIVE, 1)?;
+        }
+        assert_eq!(m.report()?.count, 4);
+        Ok(())
+    })
 }
 
 /// Calls `act` on another thread as soon as the guest has counted at [`layout::DATA`], while this thread runs the guest to
@@ -147,25 +144,29 @@ fn msi_interrupts_a_loop(host: &Host) -> Outcome {
         a.inc(dword_ptr(layout::DATA))?;
         a.jmp(again)
     });
-    let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
-    let irq = m.vm.irq_handle()?;
-    let exit = while_running(host, &mut m, || irq.signal_msi(msi(VECTOR)))?;
-    assert!(matches!(exit, VcpuExit::Io { .. }), "{exit:?}");
-    assert_eq!(m.report()?.vector, VECTOR.into());
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = Machine::with_chip(host, &world, chip)?;
+        let irq = m.vm.irq_handle()?;
+        let exit = while_running(host, &mut m, || irq.signal_msi(msi(VECTOR)))?;
+        assert!(matches!(exit, VcpuExit::Io { .. }), "{exit:?}");
+        assert_eq!(m.report()?.vector, VECTOR.into());
+        Ok(())
+    })
 }
 
 /// The CPU is blocked in the platform; only the interrupt lets it go on.
 fn msi_wakes_halt(host: &Host) -> Outcome {
     let world = lapic_world(|a| a.mov(dword_ptr(layout::DATA), 1));
-    let mut m = ready(host, &world, IrqChip::Kernel)?;
-    let irq = m.vm.irq_handle()?;
-    for _ in 0..5 {
-        let exit = while_running(host, &mut m, || irq.signal_msi(msi(VECTOR)))?;
-        assert!(matches!(exit, VcpuExit::Io { port: 0xee, .. }), "{exit:?}");
-        m.expect_out(ALIVE, 1)?;
-    }
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = ready(host, &world, chip)?;
+        let irq = m.vm.irq_handle()?;
+        for _ in 0..5 {
+            let exit = while_running(host, &mut m, || irq.signal_msi(msi(VECTOR)))?;
+            assert!(matches!(exit, VcpuExit::Io { port: 0xee, .. }), "{exit:?}");
+            m.expect_out(ALIVE, 1)?;
+        }
+        Ok(())
+    })
 }
 
 fn msi_waits_for_enabled_interrupts(host: &Host) -> Outcome {
@@ -179,12 +180,14 @@ fn msi_waits_for_enabled_interrupts(host: &Host) -> Outcome {
         a.inc(dword_ptr(layout::DATA))?;
         a.jmp(forever)
     });
-    let mut m = ready(host, &world, IrqChip::Kernel)?;
-    m.vm.signal_msi(msi(VECTOR))?;
-    m.expect_out(ALIVE, 1)?;
-    assert_eq!(m.report()?.count, 0);
-    m.expect_vector(VECTOR)?;
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = ready(host, &world, chip)?;
+        m.vm.signal_msi(msi(VECTOR))?;
+        m.expect_out(ALIVE, 1)?;
+        assert_eq!(m.report()?.count, 0);
+        m.expect_vector(VECTOR)?;
+        Ok(())
+    })
 }
 
 /// Which line the cases use. Not 0, which is the PIT's.
@@ -318,10 +321,12 @@ fn lapic_timer(host: &Host) -> Outcome {
         a.mov(dword_ptr(rsi + 0x320), i32::from(VECTOR))?;
         a.mov(dword_ptr(rsi + 0x380), 100_000)
     });
-    let mut m = ready(host, &world, IrqChip::Kernel)?;
-    m.expect_vector(VECTOR)?;
-    m.expect_out(ALIVE, 1)?;
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = ready(host, &world, chip)?;
+        m.expect_vector(VECTOR)?;
+        m.expect_out(ALIVE, 1)?;
+        Ok(())
+    })
 }
 
 fn pit_timer(host: &Host) -> Outcome {
@@ -393,10 +398,6 @@ fn irqfd_resamples_not_before_the_end(host: &Host) -> Outcome {
     assert_eq!(resample.try_take()?, None);
     m.expect_out(ALIVE, 1)?;
     Ok(())
-}
-
-fn split_msi_is_delivered(host: &Host) -> Outcome {
-    msi_with(host, IrqChip::Split)
 }
 
 /// The I/O APIC is the VMM's: it sends level-triggered MSIs and learns when they are acknowledged.
@@ -520,7 +521,7 @@ fn nmi_without_controller(host: &Host) -> Outcome {
 }
 
 fn nmi_with_controller(host: &Host) -> Outcome {
-    nmi(host, IrqChip::Kernel)
+    host.with_local_apics(|chip| nmi(host, chip))
 }
 
 const DOORBELL_PORT: u16 = 0x600;
@@ -642,26 +643,28 @@ fn smp_init_and_sipi(host: &Host) -> Outcome {
             a.je(wait)?;
             a.out(u32::from(READY), al)
         });
-    let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
-    let mut second = m.vm.create_vcpu(1)?;
-    let cpuid = x86(&mut *second).supported_cpuid()?;
-    x86(&mut *second).set_cpuid(&cpuid)?;
-    host.watch.add(second.kick_handle()?);
-    let (exit, second) = std::thread::scope(|scope| {
-        let other = scope.spawn(move || second.run().map(|exit| (exit, second)));
-        let exit = m.run();
-        (exit, other.join().expect("the other CPU's thread does not panic"))
-    });
-    let port = |exit: &VcpuExit| match exit {
-        VcpuExit::Io { port, .. } => Some(*port),
-        _ => None,
-    };
-    assert_eq!(port(&exit?), Some(READY));
-    let (exit, second) = second?;
-    assert_eq!(port(&exit), Some(ALIVE));
-    assert_eq!(second.get_id(), 1);
-    assert_eq!(m.read(layout::DATA)?, [1, 0]);
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = Machine::with_chip(host, &world, chip)?;
+        let mut second = m.vm.create_vcpu(1)?;
+        let cpuid = x86(&mut *second).supported_cpuid()?;
+        x86(&mut *second).set_cpuid(&cpuid)?;
+        host.watch.add(second.kick_handle()?);
+        let (exit, second) = std::thread::scope(|scope| {
+            let other = scope.spawn(move || second.run().map(|exit| (exit, second)));
+            let exit = m.run();
+            (exit, other.join().expect("the other CPU's thread does not panic"))
+        });
+        let port = |exit: &VcpuExit| match exit {
+            VcpuExit::Io { port, .. } => Some(*port),
+            _ => None,
+        };
+        assert_eq!(port(&exit?), Some(READY));
+        let (exit, second) = second?;
+        assert_eq!(port(&exit), Some(ALIVE));
+        assert_eq!(second.get_id(), 1);
+        assert_eq!(m.read(layout::DATA)?, [1, 0]);
+        Ok(())
+    })
 }
 
 /// Two CPUs increment one word with locked instructions: no increment is lost.

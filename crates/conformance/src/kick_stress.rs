@@ -9,11 +9,11 @@ use crate::harness::{Host, Machine, Outcome, cases, fail};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
-use vm_accel::{IrqChip, VcpuExit};
+use vm_accel::VcpuExit;
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{World, layout};
 
-cases![spinning, exiting, halted[KernelIrqchip], several_kickers];
+cases![spinning, exiting, halted[LocalApic], several_kickers];
 
 /// How many kicks a case sends: its share of the 100,000, or what the environment says.
 fn kicks(share: u64) -> u64 {
@@ -189,8 +189,10 @@ fn halted(host: &Host) -> Outcome {
         a.hlt()?;
         a.jmp(again)
     });
-    let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
-    stress(host, &mut m, kicks(10_000), 1, |_, exit| fail!("exit is {exit:?}"))
+    host.with_local_apics(|chip| {
+        let mut m = Machine::with_chip(host, &world, chip)?;
+        stress(host, &mut m, kicks(10_000), 1, |_, exit| fail!("exit is {exit:?}"))
+    })
 }
 
 fn several_kickers(host: &Host) -> Outcome {

@@ -12,8 +12,8 @@ cases![
     several_kicks_coalesce,
     while_ring0_spins,
     while_ring3_spins,
-    while_halted_in_the_platform[KernelIrqchip],
-    while_waiting_for_startup[KernelIrqchip],
+    while_halted_in_the_platform[LocalApic],
+    while_waiting_for_startup[LocalApic],
     from_many_threads,
     between_read_and_answer,
     with_a_write_pending,
@@ -97,6 +97,10 @@ fn while_ring3_spins(host: &Host) -> Outcome {
 }
 
 fn while_halted_in_the_platform(host: &Host) -> Outcome {
+    host.with_local_apics(|chip| while_halted(host, chip))
+}
+
+fn while_halted(host: &Host, chip: IrqChip) -> Outcome {
     let world = World::long().code(|a| {
         let mut again = a.create_label();
         a.set_label(&mut again)?;
@@ -105,7 +109,7 @@ fn while_halted_in_the_platform(host: &Host) -> Outcome {
         a.hlt()?;
         a.jmp(again)
     });
-    let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
+    let mut m = Machine::with_chip(host, &world, chip)?;
     let kick = m.vcpu.kick_handle()?;
     let ram = m.ram.clone();
     for _ in 0..20 {
@@ -127,17 +131,19 @@ fn while_halted_in_the_platform(host: &Host) -> Outcome {
 
 /// An application processor that was never started blocks in the platform too.
 fn while_waiting_for_startup(host: &Host) -> Outcome {
-    let mut m = Machine::with_chip(host, &World::long().code(|a| a.hlt()), IrqChip::Kernel)?;
-    let mut second = m.vm.create_vcpu(1)?;
-    let kick = second.kick_handle()?;
-    for _ in 0..5 {
-        let exit = std::thread::scope(|scope| {
-            scope.spawn(|| kick.kick());
-            second.run()
-        })?;
-        assert_eq!(exit, VcpuExit::Interrupt);
-    }
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut m = Machine::with_chip(host, &World::long().code(|a| a.hlt()), chip)?;
+        let mut second = m.vm.create_vcpu(1)?;
+        let kick = second.kick_handle()?;
+        for _ in 0..5 {
+            let exit = std::thread::scope(|scope| {
+                scope.spawn(|| kick.kick());
+                second.run()
+            })?;
+            assert_eq!(exit, VcpuExit::Interrupt);
+        }
+        Ok(())
+    })
 }
 
 /// Every thread's kick is answered: a thread that kicks and then waits for a new answer always gets one.

@@ -3,7 +3,7 @@
 use crate::harness::machine::{assemble64, set_up_vcpu};
 use crate::harness::{Host, Machine, Outcome, cases, fail};
 use vm_accel::x86_64::{MpState, Reg, X86Events};
-use vm_accel::{AccelError, ExitHandler, GuestRegion, GuestRegs, IrqChip, MemoryFlags, VcpuExit, VcpuResult};
+use vm_accel::{AccelError, ExitHandler, GuestRegion, GuestRegs, MemoryFlags, VcpuExit, VcpuResult};
 use vm_accel_guests::asm::*;
 use vm_accel_guests::world::{World, layout};
 
@@ -19,7 +19,7 @@ cases![
     duplicate_vcpu_id_is_refused,
     impossible_vcpu_ids_are_refused,
     vcpu_knows_its_id_and_kind,
-    irqchip_comes_before_vcpus[KernelIrqchip],
+    irqchip_comes_before_vcpus[LocalApic],
     run_after_a_triple_fault,
     errors_leave_registers_readable,
     host_patches_code_between_runs,
@@ -218,14 +218,18 @@ fn vcpu_knows_its_id_and_kind(host: &Host) -> Outcome {
 }
 
 fn irqchip_comes_before_vcpus(host: &Host) -> Outcome {
-    let mut vm = host.vm()?;
-    let _vcpu = vm.create_vcpu(0)?;
-    refused(vm.create_irqchip(IrqChip::Kernel));
-    let mut vm = host.vm()?;
-    vm.create_irqchip(IrqChip::Kernel)?;
-    refused(vm.create_irqchip(IrqChip::Kernel));
-    vm.create_vcpu(0)?;
-    Ok(())
+    host.with_local_apics(|chip| {
+        let mut vm = host.vm()?;
+        let vcpu = vm.create_vcpu(0)?;
+        refused(vm.create_irqchip(chip));
+        // Some platforms have one virtual machine at a time.
+        drop((vcpu, vm));
+        let mut vm = host.vm()?;
+        vm.create_irqchip(chip)?;
+        refused(vm.create_irqchip(chip));
+        vm.create_vcpu(0)?;
+        Ok(())
+    })
 }
 
 /// The VMM may set up the CPU anew and go on.

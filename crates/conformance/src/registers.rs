@@ -16,7 +16,7 @@ cases![
     sregs_seen_by_guest,
     sregs_changed_by_guest,
     task_priority_without_irqchip,
-    task_priority_with_irqchip[KernelIrqchip],
+    task_priority_with_irqchip[LocalApic],
     fpu_seen_by_guest,
     fpu_changed_by_guest,
     fpu_refuses_reserved_bits,
@@ -27,16 +27,17 @@ cases![
     msrs_seen_and_changed_by_guest,
     msr_lists_stop_at_the_first_refusal,
     listed_msrs_can_be_read_and_set_back,
-    listed_msrs_can_be_set_back_with_irqchip[KernelIrqchip],
+    listed_msrs_can_be_set_back_with_irqchip[LocalApic],
     cpuid_supported_is_sensible,
     cpuid_set_is_what_the_guest_sees,
     debug_registers,
     events_round_trip,
     exception_is_injected,
     interrupt_in_delivery_is_injected,
-    lapic_round_trip[KernelIrqchip],
+    lapic_round_trip[LocalApic],
+    known_msrs_do_not_exit[MsrExits],
     lapic_needs_a_controller,
-    mp_state[KernelIrqchip],
+    mp_state[LocalApic],
     tsc_runs_forward,
     tsc_can_be_set,
     translate_linear_addresses,
@@ -301,7 +302,7 @@ fn task_priority_without_irqchip(host: &Host) -> Outcome {
 }
 
 fn task_priority_with_irqchip(host: &Host) -> Outcome {
-    task_priority(host, IrqChip::Kernel)
+    host.with_local_apics(|chip| task_priority(host, chip))
 }
 
 /// x87 and SSE registers with a different value each; ST(0) is 1.0.
@@ -585,7 +586,29 @@ fn listed_msrs_can_be_read_and_set_back(host: &Host) -> Outcome {
 }
 
 fn listed_msrs_can_be_set_back_with_irqchip(host: &Host) -> Outcome {
-    listed_msrs(host, IrqChip::Kernel)
+    host.with_local_apics(|chip| listed_msrs(host, chip))
+}
+
+/// Exits are for MSRs that would fault; in ring 3 it is the instruction itself that does.
+fn known_msrs_do_not_exit(host: &Host) -> Outcome {
+    let access = |a: &mut CodeAssembler| {
+        a.mov(ecx, MSR_LSTAR)?;
+        a.mov(eax, 0x1234)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+        a.xor(eax, eax)?;
+        a.rdmsr()?;
+        a.out(0x10, eax)
+    };
+    let mut m = Machine::long(host, access)?;
+    m.x86().exit_on_unknown_msrs(true)?;
+    m.expect_out_data(0x10, &0x1234u32.to_le_bytes())?;
+    // Some platforms have one virtual machine at a time.
+    drop(m);
+    let mut m = Machine::new(host, &World::user().code(access))?;
+    m.x86().exit_on_unknown_msrs(true)?;
+    m.expect_vector(13)?;
+    Ok(())
 }
 
 fn cpuid_supported_is_sensible(host: &Host) -> Outcome {
@@ -712,6 +735,10 @@ fn interrupt_in_delivery_is_injected(host: &Host) -> Outcome {
 }
 
 fn lapic_round_trip(host: &Host) -> Outcome {
+    host.with_local_apics(|chip| lapic_round_trip_with(host, chip))
+}
+
+fn lapic_round_trip_with(host: &Host, chip: IrqChip) -> Outcome {
     let world = World::long().code(|a| {
         a.mov(esi, 0xfee0_0000u32)?;
         a.mov(eax, dword_ptr(rsi + 0xf0))?;
@@ -722,7 +749,7 @@ fn lapic_round_trip(host: &Host) -> Outcome {
         a.out(0x10, al)?;
         a.hlt()
     });
-    let mut m = Machine::with_chip(host, &world, IrqChip::Kernel)?;
+    let mut m = Machine::with_chip(host, &world, chip)?;
     let mut lapic = m.x86().get_lapic()?;
     assert_eq!(lapic.reg(0x20), Some(0), "the APIC id is the vCPU's id");
     // Spurious vector and enable bit, timer divisor; the timer is masked, so its count does nothing.
@@ -755,7 +782,11 @@ fn lapic_needs_a_controller(host: &Host) -> Outcome {
 }
 
 fn mp_state(host: &Host) -> Outcome {
-    let mut m = Machine::with_chip(host, &World::long().code(|a| a.out(0x10, al)), IrqChip::Kernel)?;
+    host.with_local_apics(|chip| mp_state_with(host, chip))
+}
+
+fn mp_state_with(host: &Host, chip: IrqChip) -> Outcome {
+    let mut m = Machine::with_chip(host, &World::long().code(|a| a.out(0x10, al)), chip)?;
     assert_eq!(m.x86().get_mp_state()?, MpState::Runnable);
     for state in [MpState::Halted, MpState::Uninitialized, MpState::Runnable] {
         m.x86().set_mp_state(state)?;

@@ -3,7 +3,7 @@
 use super::watch::Watch;
 use super::{Failure, Outcome};
 use std::sync::Arc;
-use vm_accel::{Accel, AccelKind, Capabilities, PlatformBackend, VcpuResult, probe_kind};
+use vm_accel::{Accel, AccelKind, Capabilities, IrqChip, PlatformBackend, VcpuResult, probe_kind};
 
 /// A backend that a suite can run on.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +55,12 @@ impl Host {
     /// A virtual machine without anything in it.
     pub(crate) fn vm(&self) -> Outcome<Box<dyn Accel>> {
         (self.backend.create)().map_err(Failure::from)
+    }
+
+    /// Runs `case` with each arrangement that has local APICs here.
+    pub(crate) fn with_local_apics(&self, mut case: impl FnMut(IrqChip) -> Outcome) -> Outcome {
+        let chips = [(self.caps.kernel_irqchip, IrqChip::Kernel), (self.caps.split_irqchip, IrqChip::Split)];
+        chips.into_iter().filter(|(is_there, _)| *is_there).try_for_each(|(_, chip)| case(chip))
     }
 
     /// True until the case's time is over; loops that wait for a guest go on while it is.

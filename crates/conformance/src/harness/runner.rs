@@ -37,6 +37,8 @@ pub(crate) enum Need {
     ReadOnlyMemory,
     DirtyLog,
     KernelIrqchip,
+    /// Local APICs, wherever the I/O APIC is.
+    LocalApic,
     SplitIrqchip,
     Irqfd,
     Ioevent,
@@ -53,6 +55,7 @@ impl Need {
             Self::ReadOnlyMemory => caps.read_only_memory,
             Self::DirtyLog => caps.dirty_log,
             Self::KernelIrqchip => caps.kernel_irqchip,
+            Self::LocalApic => caps.kernel_irqchip || caps.split_irqchip,
             Self::SplitIrqchip => caps.split_irqchip,
             Self::Irqfd => caps.irqfd,
             Self::Ioevent => caps.ioevent,

@@ -54,6 +54,7 @@ pub(crate) fn capabilities() -> Capabilities {
         split_irqchip: true,
         ioevent: true,
         guest_debug: true,
+        msr_exits: true,
         xsave_size: XSAVE_SIZE,
         emulates_ring0: Some(false),
         ..Capabilities::minimal(GuestArch::X86_64)

@@ -2,10 +2,24 @@
 //! are still a task priority (CR8) and a base register, which nobody looks at.
 
 use crate::platform::soft_apic::{Fabric, LocalApic, lock};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use vm_accel_softcpu::apic::{MSR_APIC_BASE, Now};
-use vm_accel_softcpu::{Answer, Bus, MsrAnswer};
+use vm_accel_softcpu::apic::{MSR_APIC_BASE, MSR_TSC_DEADLINE, Now};
+use vm_accel_softcpu::{Answer, Bus, Exception, Intercept, MsrAnswer};
+
+/// What becomes of a CPU's next RDMSR or WRMSR where the VMM wants exits for those that fault. Only executing one tells
+/// whether it does.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) enum MsrTurn {
+    /// The CPU leaves before it.
+    #[default]
+    Ask,
+    /// The CPU executes it, and leaves in place of a general protection fault.
+    Try,
+    /// The VMM has answered.
+    Answered(MsrAnswer),
+}
 
 /// The bus of a CPU.
 pub(super) struct ApicBus {
@@ -16,6 +30,9 @@ pub(super) struct ApicBus {
     pub(super) start: Instant,
     /// The time stamp counter when the CPU last told it; the APIC's MMIO interface does not carry it.
     pub(super) tsc: u64,
+    /// The VMM wants exits for MSR accesses that fault.
+    pub(super) msr_exits: Arc<AtomicBool>,
+    pub(super) msr_turn: Arc<Mutex<MsrTurn>>,
 }
 
 impl ApicBus {
@@ -58,7 +75,24 @@ impl Bus for ApicBus {
         Answer::Done
     }
 
+    fn intercept(&mut self, what: Intercept) -> bool {
+        // Relaxed: the answer orders nothing.
+        if !self.msr_exits.load(Ordering::Relaxed) {
+            return false;
+        }
+        match (what, *lock(&self.msr_turn)) {
+            // Those of the local APIC are nobody else's, whether the guest is shown them or not.
+            (Intercept::Msr { index: MSR_APIC_BASE | MSR_TSC_DEADLINE | 0x800..=0x8ff, .. }, _) => false,
+            (Intercept::Msr { .. }, MsrTurn::Ask) => true,
+            (Intercept::Exception(Exception::Gp(_)), MsrTurn::Try) => true,
+            _ => false,
+        }
+    }
+
     fn msr_read(&mut self, index: u32, tsc: u64) -> MsrAnswer {
+        if let MsrTurn::Answered(answer) = *lock(&self.msr_turn) {
+            return answer;
+        }
         if !self.owns_msr(index) {
             return MsrAnswer::NotMine;
         }
@@ -67,6 +101,9 @@ impl Bus for ApicBus {
     }
 
     fn msr_write(&mut self, index: u32, value: u64, tsc: u64) -> MsrAnswer {
+        if let MsrTurn::Answered(answer) = *lock(&self.msr_turn) {
+            return answer;
+        }
         if !self.owns_msr(index) {
             return MsrAnswer::NotMine;
         }

@@ -14,6 +14,7 @@ use crate::platform::slots::{Mapper, Rules, Slots};
 use crate::platform::soft_apic::{Fabric, lock};
 use crate::vcpu_common::VcpuOps;
 use std::collections::HashSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 use vm_accel_softcpu::apic::{Features, Message};
@@ -37,6 +38,8 @@ pub(crate) struct Shared<P: Platform> {
     pub(super) cpuid: Option<Vec<CpuidEntry>>,
     pub(super) alarm: Arc<Alarm>,
     doorbells: RwLock<Vec<(IoEventMatch, HostEvent)>>,
+    /// The VMM wants exits for MSR accesses that fault.
+    pub(super) msr_exits: Arc<AtomicBool>,
 }
 
 /// Memory as the emulator and the platform have it.
@@ -181,6 +184,7 @@ impl<P: Platform> Machine<P> {
             cpuid,
             alarm: Arc::default(),
             doorbells: RwLock::default(),
+            msr_exits: Arc::default(),
         }))
     }
 

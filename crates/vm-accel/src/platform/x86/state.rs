@@ -477,6 +477,15 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
         Ok(self.cpu.borrow_mut().translate(linear))
     }
 
+    fn exit_on_unknown_msrs(&mut self, wanted: bool) -> VcpuResult<()> {
+        if !self.shared.caps.msr_exits {
+            return Err(self.unsupported("MSR exits"));
+        }
+        // Relaxed: a vCPU that runs meanwhile may see either.
+        self.shared.msr_exits.store(wanted, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
     fn group_unsupported(&self, what: &'static str) -> AccelError {
         self.unsupported(what)
     }

@@ -3,7 +3,7 @@
 //! The mailbox of its local APIC (kicks, NMIs, INIT and start-up messages, ends of interrupts), waiting in HLT as hardware
 //! does when there is a local APIC, what is injected when, and the completion protocol's bookkeeping.
 
-use super::bus::{ApicBus, nanoseconds};
+use super::bus::{ApicBus, MsrTurn, nanoseconds};
 use super::{Engine, Groups, Left, Order, Platform, Shared};
 use crate::accel::{AccelKind, IoAddress};
 use crate::error::{AccelError, VcpuResult};
@@ -14,11 +14,11 @@ use crate::regs::x86_debug::{debug_event, debug_registers};
 use crate::regs::{FpuRegs, GuestRegs};
 use crate::vcpu_common::{DebugEvent, GuestDebug, IoDirection, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use std::cell::{Cell, RefCell};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use vm_accel_softcpu::apic::Now;
 use vm_accel_softcpu::state::{Msrs, Segment, rflags, seg};
-use vm_accel_softcpu::{Cpu, CpuState, Exit};
+use vm_accel_softcpu::{Cpu, CpuState, Exit, Intercept, MsrAnswer};
 
 /// One vCPU.
 pub(crate) struct SoftVcpu<P: Platform> {
@@ -43,6 +43,9 @@ pub(crate) struct SoftVcpu<P: Platform> {
     pending: Option<PendingAccess>,
     /// What the guest wrote with the last exit, or the answer to its read.
     data: Vec<u8>,
+    /// The pending access is of an MSR: where the instruction is, and whether the VMM refused it.
+    asked_msr: Option<(u64, bool)>,
+    msr_turn: Arc<Mutex<MsrTurn>>,
     last_exit: Option<Exit>,
     debug: GuestDebug,
     /// A non-maskable interrupt is in the mailbox that the CPU had no room for.
@@ -65,7 +68,10 @@ impl<P: Platform> SoftVcpu<P> {
         // Without local APICs the mailbox still carries kicks.
         let apic = shared.fabric.add(id, shared.features);
         let (fabric, mine) = (Arc::clone(&shared.fabric), Arc::clone(&apic));
-        let bus = Box::new(ApicBus { has_apic, fabric, apic: mine, start: shared.config.start, tsc: 0 });
+        let msr_turn = Arc::<Mutex<_>>::default();
+        let (msr_exits, turn) = (Arc::clone(&shared.msr_exits), Arc::clone(&msr_turn));
+        let start = shared.config.start;
+        let bus = Box::new(ApicBus { has_apic, fabric, apic: mine, start, tsc: 0, msr_exits, msr_turn: turn });
         let mut cpu = Cpu::new(id, shared.config, Arc::clone(&shared.ram), bus);
         if let Some(cpuid) = &shared.cpuid {
             cpu.set_cpuid(cpuid);
@@ -98,6 +104,8 @@ impl<P: Platform> SoftVcpu<P> {
             mp_state: if has_apic && id != 0 { MpState::Uninitialized } else { MpState::Runnable },
             pending: None,
             data: Vec::new(),
+            asked_msr: None,
+            msr_turn,
             last_exit: None,
             debug: GuestDebug::default(),
             nmi_waits: false,
@@ -424,6 +432,10 @@ impl<P: Platform> SoftVcpu<P> {
                 return Ok(None);
             }
             Exit::Kicked | Exit::Budget => return Ok(None),
+            Exit::Intercept(Intercept::Msr { index, write }) => match self.access_msr(MsrTurn::Try) {
+                Some(Exit::Intercept(Intercept::Exception(_))) => self.ask_for_msr(index, write),
+                other => return other.map_or(Ok(None), |exit| self.translate(exit)),
+            },
             _ => VcpuExit::Unknown,
         }))
     }
@@ -434,6 +446,46 @@ impl<P: Platform> SoftVcpu<P> {
         self.data.extend_from_slice(self.cpu.get_mut().io_data());
         self.pending = Some(PendingAccess { addr, len: size.into(), is_write, answered: is_write });
         if is_write { self.shared.ring(address, &self.data) } else { Ok(false) }
+    }
+
+    /// Executes the RDMSR or WRMSR at RIP.
+    fn access_msr(&mut self, turn: MsrTurn) -> Option<Exit> {
+        *lock(&self.msr_turn) = turn;
+        let exit = self.cpu.get_mut().finish_instruction();
+        *lock(&self.msr_turn) = MsrTurn::Ask;
+        exit
+    }
+
+    /// Notes the access to an MSR that the VMM is to answer.
+    fn ask_for_msr(&mut self, index: u32, is_write: bool) -> VcpuExit {
+        let state = self.cpu.get_mut().state();
+        let value = state.gpr[2] << 32 | state.gpr[0] & 0xffff_ffff;
+        self.asked_msr = Some((state.rip, false));
+        self.data.clear();
+        self.data.extend_from_slice(&value.to_le_bytes());
+        self.pending = Some(PendingAccess { addr: index.into(), len: 8, is_write, answered: is_write });
+        VcpuExit::Msr { index, is_write }
+    }
+
+    /// Gives the emulator what the VMM answered. The exit to which that leads, if any.
+    fn answer(&mut self) -> Option<Exit> {
+        let pending = self.pending.take();
+        let rip = self.cpu.get_mut().state().rip;
+        match self.asked_msr.take() {
+            // Where the VMM has moved the program counter meanwhile nobody waits for the answer any more.
+            Some((at, _)) if at != rip => return None,
+            Some((_, true)) => return self.access_msr(MsrTurn::Answered(MsrAnswer::Fault)),
+            Some((_, false)) => {
+                let value = u64::from_le_bytes(std::array::from_fn(|n| self.data.get(n).copied().unwrap_or(0)));
+                return self.access_msr(MsrTurn::Answered(MsrAnswer::Done(value)));
+            }
+            None if pending.is_some_and(|pending| !pending.is_write) => {
+                // As above.
+                let _ = self.cpu.get_mut().complete_read(&self.data);
+            }
+            None => {}
+        }
+        self.cpu.get_mut().quiesce()
     }
 }
 
@@ -481,11 +533,7 @@ impl<P: Platform> VcpuOps for SoftVcpu<P> {
     fn quiesce(&mut self) -> VcpuResult<VcpuExit> {
         self.check_answered()?;
         loop {
-            if self.pending.take().is_some_and(|pending| !pending.is_write) {
-                // Where the VMM has moved the program counter meanwhile nobody waits for the answer any more.
-                let _ = self.cpu.get_mut().complete_read(&self.data);
-            }
-            let Some(exit) = self.cpu.get_mut().quiesce() else {
+            let Some(exit) = self.answer() else {
                 return Ok(VcpuExit::Interrupt);
             };
             let exit = if exit == Exit::Halted && self.has_apic { None } else { self.translate(exit)? };
@@ -552,7 +600,11 @@ impl<P: Platform> VcpuOps for SoftVcpu<P> {
     }
 
     fn fail_access(&mut self) -> VcpuResult<()> {
-        Err(AccelError::invalid("refused access", "no access to an MSR is pending"))
+        let (Some((_, refused)), Some(pending)) = (&mut self.asked_msr, &mut self.pending) else {
+            return Err(AccelError::invalid("refused access", "no access to an MSR is pending"));
+        };
+        (*refused, pending.answered) = (true, true);
+        Ok(())
     }
 
     fn pending_access(&self) -> Option<PendingAccess> {

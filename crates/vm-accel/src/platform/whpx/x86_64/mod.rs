@@ -71,6 +71,7 @@ impl Offer {
             let detail = "the hypervisor does not tell the frequency of the time-stamp counter".into();
             return Err(unavailable(UnavailableReason::UnsupportedHardware { detail }));
         }
+        let msr_exits = capability(api, WHvCapabilityCodeX64MsrExitBitmap)?;
         // The emulator's page walk has a width of its own.
         let software = fallback::capabilities();
         let width = capability(api, CAPABILITY_PHYSICAL_ADDRESS_WIDTH)?.map_or(u8::MAX, |width| width as u8);
@@ -78,12 +79,14 @@ impl Offer {
             guest_phys_bits: software.guest_phys_bits.min(width),
             dirty_log: api.WHvQueryGpaRangeDirtyBitmap.is_some() && features.dirty_page_tracking() != 0,
             sync_regs: false,
+            // Before there was a choice the unhandled ones were what left.
+            msr_exits: msr_exits.is_none_or(|available| MsrExitBitmap(available).unhandled_msrs() != 0),
             ..software
         };
         Ok(Self {
             caps,
             exits,
-            msr_exits: capability(api, WHvCapabilityCodeX64MsrExitBitmap)?,
+            msr_exits,
             features: capability(api, WHvCapabilityCodeProcessorFeatures)?.unwrap_or(0),
             tsc_hz,
         })
@@ -117,7 +120,6 @@ impl AccelWhpx {
         let exits = exits.with_hypercall_exit(offer.exits.hypercall_exit());
         partition.set_property(WHvPartitionPropertyCodeExtendedVmExits, &[exits.0])?;
         if let Some(available) = offer.msr_exits {
-            // Before there was a choice the unhandled ones were what left.
             let wanted = MsrExitBitmap(0).with_unhandled_msrs(1).with_apic_base_msr_write(1).0;
             partition.set_property(WHvPartitionPropertyCodeX64MsrExitBitmap, &[wanted & available])?;
         }
