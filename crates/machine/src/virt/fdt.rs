@@ -238,6 +238,7 @@ mod tests {
                 distributor: Gic::DISTRIBUTOR,
                 cpus: Gic::GICV3_REDISTRIBUTORS,
                 its: Some(Gic::ITS),
+                msi_frame: None,
             },
             cmdline: "console=ttyAMA0 quiet",
             initrd: Some(0x4800_0000..0x4810_1234),
@@ -281,7 +282,13 @@ mod tests {
     fn a_gicv2_has_a_cpu_interface_and_cpu_masks() {
         let mut board = board();
         board.cpus = 3;
-        board.gic = Gic { version: GicVersion::V2, distributor: Gic::DISTRIBUTOR, cpus: Gic::GICV2_CPU, its: None };
+        board.gic = Gic {
+            version: GicVersion::V2,
+            distributor: Gic::DISTRIBUTOR,
+            cpus: Gic::GICV2_CPU,
+            its: None,
+            msi_frame: None,
+        };
         let tree = parse(&build(&board).unwrap());
         assert_eq!(tree["/intc@8000000/compatible"], b"arm,cortex-a15-gic\0");
         assert_eq!(tree["/timer/interrupts"][..12], u32s(&[1, 13, 0x704]));

@@ -191,6 +191,25 @@ pub struct Gic {
     pub cpus: u64,
     /// Guest physical address of the interrupt translation service, if there is one: MSIs work then.
     pub its: Option<u64>,
+    /// The frame that makes shared interrupts of MSIs, if there is one: MSIs work then, too.
+    pub msi_frame: Option<MsiFrame>,
+}
+
+/// A frame as a GICv2m has it (Arm SBSA, "GICv2m architecture"): a device that writes an INTID to
+/// [`MsiFrame::DOORBELL`] makes that shared interrupt pending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiFrame {
+    /// Guest physical address.
+    pub address: u64,
+    /// The first INTID that it has; edge-triggered, and no line of [`Accel::set_irq_line`](crate::Accel::set_irq_line) leads there.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl MsiFrame {
+    /// The register to which MSIs are written (MSI_SETSPI_NS), as an offset.
+    pub const DOORBELL: u64 = 0x40;
 }
 
 impl Gic {
@@ -202,6 +221,10 @@ impl Gic {
     pub const GICV2_CPU: u64 = 0x0801_0000;
     /// Bytes of a GICv2's CPU interface.
     pub const GICV2_CPU_SIZE: u64 = 0x2000;
+    /// Where an [`MsiFrame`] is, and its bytes at most.
+    pub const MSI_FRAME: u64 = 0x0802_0000;
+    /// See [`MSI_FRAME`](Self::MSI_FRAME).
+    pub const MSI_FRAME_SIZE: u64 = 0x1_0000;
     /// Where an interrupt translation service is.
     pub const ITS: u64 = 0x0808_0000;
     /// Bytes of an interrupt translation service.
@@ -256,6 +279,9 @@ pub struct GicRegister {
 pub struct GicState {
     /// The registers.
     pub registers: Vec<GicRegister>,
+    /// What the platform keeps in a format of its own (HVF, which has all but the CPU interfaces in here; those are registers of
+    /// the vCPUs there). Empty elsewhere.
+    pub opaque: Vec<u8>,
 }
 
 /// A register in the platform's own naming; see [`Aarch64Vcpu::save_registers`].

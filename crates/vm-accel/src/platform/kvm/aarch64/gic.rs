@@ -125,6 +125,7 @@ impl KernelGic {
             distributor: Gic::DISTRIBUTOR,
             cpus: Gic::GICV3_REDISTRIBUTORS,
             its: its.is_some().then_some(Gic::ITS),
+            msi_frame: None,
         };
         Ok(Self { device, its, layout })
     }
@@ -133,7 +134,13 @@ impl KernelGic {
         set_address(&device, kb::KVM_VGIC_V2_ADDR_TYPE_DIST, Gic::DISTRIBUTOR)?;
         set_address(&device, kb::KVM_VGIC_V2_ADDR_TYPE_CPU, Gic::GICV2_CPU)?;
         set(&device, kb::KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &Gic::INTERRUPTS)?;
-        let layout = Gic { version: GicVersion::V2, distributor: Gic::DISTRIBUTOR, cpus: Gic::GICV2_CPU, its: None };
+        let layout = Gic {
+            version: GicVersion::V2,
+            distributor: Gic::DISTRIBUTOR,
+            cpus: Gic::GICV2_CPU,
+            its: None,
+            msi_frame: None,
+        };
         Ok(Self { device, its: None, layout })
     }
 
@@ -220,7 +227,7 @@ impl KernelGic {
         }
         let registers =
             places.into_iter().map(|(part, register)| self.get(part, register)).collect::<VcpuResult<_>>()?;
-        Ok(GicState { registers })
+        Ok(GicState { registers, ..GicState::default() })
     }
 
     /// AP0R and AP1R: how many there are depends on the number of priority bits (ICC_CTLR_EL1.PRIbits, IHI 0069, 12.2.3).
@@ -237,6 +244,9 @@ impl KernelGic {
 
     pub(super) fn restore(&self, state: &GicState) -> VcpuResult<()> {
         self.needs_version_3()?;
+        if !state.opaque.is_empty() {
+            return Err(AccelError::invalid("GIC state", "it is another platform's"));
+        }
         for register in &state.registers {
             if register.part == GicPart::Its && register.register == GITS_CTLR {
                 let its = self.device(GicPart::Its)?;
