@@ -56,6 +56,7 @@ pub mod exit_reason {
 /// vector registers.
 #[allow(missing_docs, reason = "each is named as in WinHvPlatformDefs.h, without its prefix")]
 pub mod register {
+    pub const INTERNAL_ACTIVITY_STATE: u32 = 4;
     pub const X0: u32 = 0x2_0000;
     pub const LR: u32 = 0x2_001e;
     pub const SP: u32 = 0x2_001f;
@@ -63,34 +64,71 @@ pub mod register {
     pub const SP_EL1: u32 = 0x2_0021;
     pub const PC: u32 = 0x2_0022;
     pub const PSTATE: u32 = 0x2_0023;
+    /// The first of the feature registers, which belong to the partition: CRm and op2 of their encoding count on from here.
+    pub const ID_MIDR_EL1: u32 = 0x2_2000;
     pub const Q0: u32 = 0x3_0000;
     pub const MPIDR_EL1: u32 = 0x4_0001;
-    pub const SCTLR_EL1: u32 = 0x4_0002;
-    pub const ACTLR_EL1: u32 = 0x4_0003;
-    pub const CPACR_EL1: u32 = 0x4_0004;
-    pub const TTBR0_EL1: u32 = 0x4_0005;
-    pub const TTBR1_EL1: u32 = 0x4_0006;
-    pub const TCR_EL1: u32 = 0x4_0007;
-    pub const ESR_EL1: u32 = 0x4_0008;
-    pub const FAR_EL1: u32 = 0x4_0009;
-    pub const PAR_EL1: u32 = 0x4_000a;
-    pub const MAIR_EL1: u32 = 0x4_000b;
-    pub const VBAR_EL1: u32 = 0x4_000c;
-    pub const CONTEXTIDR_EL1: u32 = 0x4_000d;
-    pub const TPIDR_EL1: u32 = 0x4_000e;
-    pub const TPIDRRO_EL0: u32 = 0x4_0010;
-    pub const TPIDR_EL0: u32 = 0x4_0011;
     pub const FPCR: u32 = 0x4_0012;
     pub const FPSR: u32 = 0x4_0013;
-    pub const SPSR_EL1: u32 = 0x4_0014;
-    pub const ELR_EL1: u32 = 0x4_0015;
-    pub const CSSELR_EL1: u32 = 0x4_0035;
-    pub const CNTKCTL_EL1: u32 = 0x5_8008;
-    pub const CNTV_CTL_EL0: u32 = 0x5_800e;
-    pub const CNTV_CVAL_EL0: u32 = 0x5_800f;
+    pub const MIDR_EL1: u32 = 0x4_0051;
+    /// Those of breakpoints and watchpoints count on, 16 of each kind.
+    pub const DBGBCR0_EL1: u32 = 0x5_0000;
+    pub const DBGWCR0_EL1: u32 = 0x5_0010;
+    pub const DBGBVR0_EL1: u32 = 0x5_0020;
+    pub const DBGWVR0_EL1: u32 = 0x5_0030;
     pub const CNTVCT_EL0: u32 = 0x5_8011;
     pub const GICR_BASE_GPA: u32 = 0x6_3000;
 }
+
+/// Encodings of feature registers (op0 3, op1 0, CRn 0, CRm, op2) that a guest sees, all of the partition's.
+pub const FEATURE_REGS: [u16; 12] =
+    [0xc020, 0xc021, 0xc024, 0xc028, 0xc029, 0xc030, 0xc031, 0xc032, 0xc038, 0xc039, 0xc03a, 0xc03b];
+
+/// The platform's name of a feature register, by its encoding; to be used with [`ANY_VP`].
+#[must_use]
+pub const fn feature(encoding: u16) -> RegisterName {
+    register::ID_MIDR_EL1 + (encoding & 0x7f) as u32
+}
+
+/// System registers of a processor: the encoding of MRS (op0, op1, CRn, CRm, op2 in 2, 3, 4, 4 and 3 bits) and the platform's name.
+/// Without [`register::CNTVCT_EL0`], which counts, those of breakpoints and watchpoints, and feature registers.
+pub const SYSTEM_REGS: [(u16, RegisterName); 35] = [
+    (0x8012, 0x5_004d), // MDSCR_EL1
+    (0xc000, register::MIDR_EL1),
+    (0xc005, register::MPIDR_EL1),
+    (0xc080, 0x4_0002), // SCTLR_EL1
+    (0xc082, 0x4_0004), // CPACR_EL1
+    (0xc100, 0x4_0005), // TTBR0_EL1
+    (0xc101, 0x4_0006), // TTBR1_EL1
+    (0xc102, 0x4_0007), // TCR_EL1
+    (0xc108, 0x4_002d), // APIAKEYLO_EL1
+    (0xc109, 0x4_002c),
+    (0xc10a, 0x4_002f), // APIBKEYLO_EL1
+    (0xc10b, 0x4_002e),
+    (0xc110, 0x4_0027), // APDAKEYLO_EL1
+    (0xc111, 0x4_0026),
+    (0xc112, 0x4_0029), // APDBKEYLO_EL1
+    (0xc113, 0x4_0028),
+    (0xc118, 0x4_002b), // APGAKEYLO_EL1
+    (0xc119, 0x4_002a),
+    (0xc200, 0x4_0014), // SPSR_EL1
+    (0xc201, 0x4_0015), // ELR_EL1
+    (0xc208, register::SP_EL0),
+    (0xc290, 0x4_0008), // ESR_EL1
+    (0xc300, 0x4_0009), // FAR_EL1
+    (0xc3a0, 0x4_000a), // PAR_EL1
+    (0xc510, 0x4_000b), // MAIR_EL1
+    (0xc600, 0x4_000c), // VBAR_EL1
+    (0xc681, 0x4_000d), // CONTEXTIDR_EL1
+    (0xc684, 0x4_000e), // TPIDR_EL1
+    (0xc708, 0x5_8008), // CNTKCTL_EL1
+    (0xd000, 0x4_0035), // CSSELR_EL1
+    (0xde82, 0x4_0011), // TPIDR_EL0
+    (0xde83, 0x4_0010), // TPIDRRO_EL0
+    (0xdf19, 0x5_800e), // CNTV_CTL_EL0
+    (0xdf1a, 0x5_800f), // CNTV_CVAL_EL0
+    (0xe208, register::SP_EL1),
+];
 
 bits! {
     /// `WHV_VP_EXECUTION_STATE`.
@@ -101,6 +139,30 @@ bits! {
         debug_active / with_debug_active: 2, 1;
         /// An event is in delivery.
         interruption_pending / with_interruption_pending: 3, 1;
+    }
+
+    /// `WHV_CAPABILITY_FEATURES`, as far as it has a use here.
+    pub struct Features(u64) {
+        /// `WHvQueryGpaRangeDirtyBitmap` has something to tell.
+        dirty_page_tracking / with_dirty_page_tracking: 3, 1;
+        /// The platform is the released one (build 26100.3915 and later).
+        arm64_support / with_arm64_support: 11, 1;
+    }
+
+    /// `WHV_EXTENDED_VM_EXITS`, as far as it exists on arm64.
+    pub struct ExtendedVmExits(u64) {
+        /// `HYPERCALL`.
+        hypercall_exit / with_hypercall_exit: 5, 1;
+    }
+
+    /// `WHV_INTERNAL_ACTIVITY_REGISTER`.
+    pub struct Activity(u64) {
+        /// Off, until PSCI or a VMM starts it.
+        startup_suspend / with_startup_suspend: 0, 1;
+        /// Halted.
+        halt_suspend / with_halt_suspend: 1, 1;
+        /// Idle.
+        idle_suspend / with_idle_suspend: 2, 1;
     }
 
     /// `WHV_MEMORY_ACCESS_INFO`.
@@ -175,12 +237,25 @@ pub struct Reset {
     pub reserved: u32,
 }
 
+/// `WHV_ARM64_HYPERCALL_CONTEXT`.
+#[allow(missing_docs, reason = "each is named as in WinHvPlatformDefs.h")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Hypercall {
+    pub header: InterceptHeader,
+    pub immediate: u16,
+    pub reserved1: u16,
+    pub reserved2: u32,
+    pub x: [u64; 18],
+}
+
 /// The union in [`ExitContext`].
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 union Payload {
     memory_access: MemoryAccess,
     reset: Reset,
+    hypercall: Hypercall,
     words: [u64; 32],
 }
 
@@ -216,6 +291,13 @@ impl ExitContext {
         unsafe { &self.payload.reset }
     }
 
+    /// After [`exit_reason::HYPERCALL`].
+    #[must_use]
+    pub fn hypercall(&self) -> &Hypercall {
+        // SAFETY: as above.
+        unsafe { &self.payload.hypercall }
+    }
+
     /// What every payload of an intercept begins with.
     #[must_use]
     pub fn header(&self) -> &InterceptHeader {
@@ -228,10 +310,22 @@ impl ExitContext {
         self.payload.memory_access = access;
     }
 
+    /// Makes it that of a call; for simulators.
+    pub fn set_hypercall(&mut self, call: Hypercall) {
+        self.reason = exit_reason::HYPERCALL;
+        self.payload.hypercall = call;
+    }
+
     /// Makes it that of a reset; for simulators.
     pub fn set_reset(&mut self, reset: Reset) {
         self.reason = exit_reason::ARM64_RESET;
         self.payload.reset = reset;
+    }
+
+    /// Fills all that a reason alone does not define with what happens to stand there; for simulators.
+    pub fn set_garbage(&mut self, reason: u32, garbage: u64) {
+        self.reason = reason;
+        self.payload.words = [garbage; 32];
     }
 }
 
@@ -304,6 +398,9 @@ crate::ffi_table! {
     }
 }
 
+#[cfg(all(windows, target_arch = "aarch64"))]
+mod system;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -318,6 +415,7 @@ mod tests {
         assert_eq!((size_of::<InterceptHeader>(), align_of::<InterceptHeader>()), (24, 8));
         assert_eq!((size_of::<MemoryAccess>(), align_of::<MemoryAccess>()), (64, 8));
         assert_eq!((size_of::<Reset>(), offset_of!(Reset, reset_type)), (32, 24));
+        assert_eq!((size_of::<Hypercall>(), offset_of!(Hypercall, immediate), offset_of!(Hypercall, x)), (176, 24, 32));
         assert_eq!((size_of::<InterruptControl>(), align_of::<InterruptControl>()), (32, 8));
         assert_eq!((size_of::<IcParameters>(), align_of::<IcParameters>()), (64, 8));
         for (here, there) in [
@@ -344,6 +442,20 @@ mod tests {
         ] {
             assert_eq!(here, there);
         }
+    }
+
+    /// Every name that is derived here from an encoding, or counted on, against the header's own.
+    #[test]
+    fn names_of_registers_are_the_headers() {
+        for (encoding, name) in [(0xc020, 0x2_2020), (0xc028, 0x2_2028), (0xc032, 0x2_2032), (0xc03b, 0x2_203b)] {
+            assert_eq!(feature(encoding), name);
+        }
+        assert_eq!([register::LR - register::X0, register::DBGBVR0_EL1 + 15], [30, 0x5_002f]);
+        assert!(SYSTEM_REGS.is_sorted() && FEATURE_REGS.is_sorted());
+        let mut names: Vec<_> = SYSTEM_REGS.iter().map(|(_, name)| *name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), SYSTEM_REGS.len(), "two encodings have one name");
     }
 
     #[test]

@@ -190,6 +190,18 @@ impl<M: Mapper> Slots<M> {
         Ok(dirty)
     }
 
+    /// Moves bytes to or from the mapping that holds an address, as far as the guest may; false if it may not.
+    #[allow(dead_code)] // The platforms that need it exist on some hosts.
+    pub(crate) fn access(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
+        match self.find(gpa) {
+            Some((region, at, flags)) if is_write => {
+                flags.contains(MemoryFlags::WRITE) && region.write(at, data).is_ok()
+            }
+            Some((region, at, _)) => region.read(at, data).is_ok(),
+            None => false,
+        }
+    }
+
     /// The mapping that holds an address: region, offset in it, what the guest may do.
     pub(crate) fn find(&self, gpa: u64) -> Option<(GuestRegion, u64, MemoryFlags)> {
         let map = self.lock();

@@ -1,9 +1,10 @@
-//! Exceptions that a VMM makes a guest take, and the instruction that a guest is at.
+//! What a VMM does about a trapped instruction: an access is taken over, or an exception taken.
 
-use super::{Access, Cpu, Stage1, Transfer, decode};
+use super::{Access, Cpu, Next, Stage1, Transfer, decode};
 use crate::accel::AccelKind;
 use crate::error::{AccelError, InstructionBytes, VcpuResult};
 use crate::regs::aarch64::{ELR_EL1, ESR_EL1, FAR_EL1, SCTLR_EL1, SPSR_EL1, TCR_EL1, TTBR0_EL1, TTBR1_EL1, VBAR_EL1};
+use crate::vcpu_common::{PendingAccess, VcpuExit};
 
 /// Exception classes (Arm ARM, D24.2.40, "EC"); the aborts are a lower level's, one more is the same level's.
 pub(crate) mod class {
@@ -31,14 +32,22 @@ pub(crate) mod pstate {
 pub(crate) const ISS_WRITE: u64 = 1 << 6;
 pub(crate) const ISS_WALK: u64 = 1 << 7;
 pub(crate) const ISS_CACHE: u64 = 1 << 8;
-/// A synchronous external abort, as a fault status.
+/// A synchronous external abort, as a fault status; and that FAR says nothing.
 const EXTERNAL: u64 = 0x10;
+const ISS_NO_ADDRESS: u64 = 1 << 10;
 /// Offsets in a quarter of the vectors (Arm ARM, D1.3.1).
 pub(crate) const SYNCHRONOUS: u64 = 0;
 const SERROR: u64 = 0x180;
 
 /// What that needs of a vCPU.
-pub(crate) trait System: Cpu {
+pub(crate) trait System: Cpu + Sized {
+    const KIND: AccelKind;
+
+    /// The access that the VMM is asked for, if there is one.
+    fn access(&self) -> &Option<Access>;
+    fn access_mut(&mut self) -> &mut Option<Access>;
+    /// Of the last abort.
+    fn syndrome(&self) -> u64;
     /// The program counter and PSTATE.
     fn state(&self) -> VcpuResult<(u64, u64)>;
     fn set_state(&mut self, pc: u64, pstate: u64) -> VcpuResult<()>;
@@ -64,12 +73,13 @@ pub(crate) trait System: Cpu {
         self.set_state(vectors.wrapping_add(quarter + vector), pstate & pstate::FLAGS | pstate::MASKED | pstate::EL1H)
     }
 
-    /// The access that was aborted with this syndrome, at this virtual address, ends with an external abort.
-    fn external_abort(&mut self, syndrome: u64, far: u64) -> VcpuResult<()> {
+    /// The access that was aborted with this syndrome, at this virtual address if it is known, ends with an external abort.
+    fn external_abort(&mut self, syndrome: u64, far: Option<u64>) -> VcpuResult<()> {
         let from_el0 = self.state()?.1 & pstate::EL == 0;
         let class = syndrome >> 26 & 0x3f | u64::from(!from_el0);
-        let syndrome = class << 26 | 1 << 25 | syndrome & ISS_WRITE | EXTERNAL;
-        self.inject(SYNCHRONOUS, syndrome, Some(far))
+        let unknown = if far.is_none() { ISS_NO_ADDRESS } else { 0 };
+        let syndrome = class << 26 | 1 << 25 | syndrome & ISS_WRITE | unknown | EXTERNAL;
+        self.inject(SYNCHRONOUS, syndrome, far)
     }
 
     /// Delivers a system error that waits, if the guest does not mask it: true if it was.
@@ -112,24 +122,74 @@ pub(crate) trait System: Cpu {
     }
 
     /// The load or store that was aborted with this syndrome at a guest physical address.
-    fn aborted(&self, kind: AccelKind, syndrome: u64, gpa: u64) -> VcpuResult<Access>
-    where
-        Self: Sized,
-    {
+    fn aborted(&self, syndrome: u64, gpa: u64) -> VcpuResult<Access> {
         if let Some(transfer) = Transfer::told(syndrome) {
             return Access::told(transfer, gpa, self);
         }
         let (stage1, word) = self.instruction()?;
         let transfer = word.filter(|_| !stage1.is_big_endian()).and_then(decode);
-        let transfer = transfer.ok_or_else(|| self.undecoded(kind, syndrome, word))?;
-        Access::decoded(transfer, stage1, self)
+        Access::decoded(transfer.ok_or_else(|| self.undecoded(word))?, stage1, self)
+    }
+
+    /// A data abort where no memory is.
+    fn data_abort(&mut self, syndrome: u64, far: Option<u64>, gpa: u64) -> VcpuResult<Option<VcpuExit>> {
+        if syndrome & ISS_WALK != 0 {
+            // The guest's tables are there.
+            self.external_abort(syndrome, far)?;
+        } else if syndrome & ISS_CACHE != 0 {
+            // Nothing to maintain.
+            self.skip()?;
+        } else {
+            *self.access_mut() = Some(self.aborted(syndrome, gpa)?);
+        }
+        self.resume()
+    }
+
+    /// Goes on with an access of the VMM's. `Some` if it needs the VMM again.
+    fn resume(&mut self) -> VcpuResult<Option<VcpuExit>> {
+        let Some(mut access) = self.access_mut().take() else {
+            return Ok(None);
+        };
+        if let Some(PendingAccess { addr, len, answered: false, .. }) = access.pending() {
+            *self.access_mut() = Some(access);
+            return Err(AccelError::PendingRead { addr, len });
+        }
+        match access.resume(self)? {
+            Next::Exit(exit) => {
+                *self.access_mut() = Some(access);
+                Ok(Some(exit))
+            }
+            Next::Done => Ok(None),
+            Next::Lost => Err(self.undecoded(None)),
+        }
+    }
+
+    /// The access that the VMM was asked for, in this direction.
+    fn expect(&self, what: &'static str, is_write: bool) -> VcpuResult<(&Access, PendingAccess)> {
+        let access = self.access().as_ref().and_then(|access| Some((access, access.pending()?)));
+        access
+            .filter(|(_, pending)| pending.is_write == is_write)
+            .ok_or_else(|| AccelError::invalid(what, "no such access is pending"))
+    }
+
+    /// The VMM's answer to a read.
+    fn answer(&mut self, data: &[u8]) -> VcpuResult<()> {
+        let (_, pending) = self.expect("answer to a read", false)?;
+        if data.len() != pending.len {
+            let detail = format!("{} bytes for a read of {}", data.len(), pending.len);
+            return Err(AccelError::invalid("answer to a read", detail));
+        }
+        if let Some(access) = self.access_mut() {
+            access.answer(data);
+        }
+        Ok(())
     }
 
     /// That the instruction cannot be done here.
-    fn undecoded(&self, kind: AccelKind, syndrome: u64, word: Option<u32>) -> AccelError {
+    fn undecoded(&self, word: Option<u32>) -> AccelError {
         AccelError::Emulation {
-            kind,
-            code: syndrome as u32,
+            kind: Self::KIND,
+            code: self.syndrome() as u32,
             pc: self.state().map_or(0, |(pc, _)| pc),
             instruction: word.map_or_else(Default::default, |word| InstructionBytes::new(&word.to_le_bytes())),
         }

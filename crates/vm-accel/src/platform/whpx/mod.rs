@@ -2,7 +2,6 @@
 
 #[cfg(whpx_aarch64)]
 pub mod aarch64;
-#[allow(dead_code, unused_imports, unused_macros)]
 mod partition;
 #[cfg(whpx_x86_64)]
 pub mod x86_64;

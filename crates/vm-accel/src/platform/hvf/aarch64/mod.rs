@@ -295,17 +295,6 @@ impl Vm {
     fn feature(&self, register: u16) -> u64 {
         self.features.get(&register).map_or(0, |(_, guest)| *guest)
     }
-
-    /// Moves bytes to or from mapped memory; false if they are not in it, or must not be written.
-    fn memory(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
-        match self.slots.find(gpa) {
-            Some((region, at, flags)) if is_write => {
-                flags.contains(MemoryFlags::WRITE) && region.write(at, data).is_ok()
-            }
-            Some((region, at, _)) => region.read(at, data).is_ok(),
-            None => false,
-        }
-    }
 }
 
 impl Drop for Vm {

@@ -9,8 +9,8 @@ use super::debug::Debugging;
 use super::state::Registers;
 use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, VcpuResult};
-use crate::platform::aarch64_access::exception::{ISS_CACHE, ISS_WALK, ISS_WRITE, SYNCHRONOUS, class, pstate};
-use crate::platform::aarch64_access::{Access, Cpu, Next, System};
+use crate::platform::aarch64_access::exception::{ISS_WALK, ISS_WRITE, SYNCHRONOUS, class, pstate};
+use crate::platform::aarch64_access::{Access, Cpu, System};
 use crate::platform::aarch64_debug::debug_event;
 use crate::platform::hvf::check;
 use crate::platform::soft_apic::lock;
@@ -152,25 +152,6 @@ impl HvfVcpu {
         }
     }
 
-    /// Goes on with an access of the VMM's. `Some` if it needs the VMM again.
-    fn resume(&mut self) -> VcpuResult<Option<VcpuExit>> {
-        let Some(mut access) = self.access.take() else {
-            return Ok(None);
-        };
-        if let Some(PendingAccess { addr, len, answered: false, .. }) = access.pending() {
-            self.access = Some(access);
-            return Err(AccelError::PendingRead { addr, len });
-        }
-        match access.resume(self)? {
-            Next::Exit(exit) => {
-                self.access = Some(access);
-                Ok(Some(exit))
-            }
-            Next::Done => Ok(None),
-            Next::Lost => Err(self.undecoded(AccelKind::Hvf, self.last_exit.map_or(0, |(_, at)| at.syndrome), None)),
-        }
-    }
-
     /// Gives the framework what belongs to an entry.
     fn prepare(&mut self, id: u64) -> VcpuResult<()> {
         let api = self.vm.api;
@@ -264,10 +245,10 @@ impl HvfVcpu {
             return Ok(None);
         }
         match class {
-            class::DATA_ABORT => self.data_abort(exit),
+            class::DATA_ABORT => self.try_again(exit),
             class::INSTRUCTION_ABORT => {
                 if !self.retry(exit, MemoryFlags::EXECUTE)? {
-                    self.external_abort(syndrome, exit.virtual_address)?;
+                    self.external_abort(syndrome, Some(exit.virtual_address))?;
                 }
                 Ok(None)
             }
@@ -304,25 +285,13 @@ impl HvfVcpu {
         self.vm.slots.mapper.retry(exit.physical_address, rights)
     }
 
-    fn data_abort(&mut self, exit: &ExitException) -> VcpuResult<Option<VcpuExit>> {
+    fn try_again(&mut self, exit: &ExitException) -> VcpuResult<Option<VcpuExit>> {
         let syndrome = exit.syndrome;
-        let is_walk = syndrome & ISS_WALK != 0;
-        let is_write = syndrome & ISS_WRITE != 0 && !is_walk;
+        let is_write = syndrome & ISS_WRITE != 0 && syndrome & ISS_WALK == 0;
         if self.retry(exit, if is_write { MemoryFlags::WRITE } else { MemoryFlags::READ })? {
             return Ok(None);
         }
-        if is_walk {
-            // The guest's tables are where no memory is.
-            self.external_abort(syndrome, exit.virtual_address)?;
-            return Ok(None);
-        }
-        if syndrome & ISS_CACHE != 0 {
-            // Nothing to maintain where no memory is.
-            self.skip()?;
-            return Ok(None);
-        }
-        self.access = Some(self.aborted(AccelKind::Hvf, syndrome, exit.physical_address)?);
-        self.resume()
+        self.data_abort(syndrome, Some(exit.virtual_address), exit.physical_address)
     }
 
     fn call(&mut self) -> VcpuResult<Option<VcpuExit>> {
@@ -392,13 +361,6 @@ impl HvfVcpu {
         self.serror = waiting;
         taken
     }
-
-    fn expect(&self, what: &'static str, is_write: bool) -> VcpuResult<(&Access, PendingAccess)> {
-        let access = self.access.as_ref().and_then(|access| Some((access, access.pending()?)));
-        access
-            .filter(|(_, pending)| pending.is_write == is_write)
-            .ok_or_else(|| AccelError::invalid(what, "no such access is pending"))
-    }
 }
 
 impl Cpu for HvfVcpu {
@@ -419,11 +381,25 @@ impl Cpu for HvfVcpu {
     }
 
     fn memory(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
-        self.vm.memory(gpa, is_write, data)
+        self.vm.slots.access(gpa, is_write, data)
     }
 }
 
 impl System for HvfVcpu {
+    const KIND: AccelKind = AccelKind::Hvf;
+
+    fn access(&self) -> &Option<Access> {
+        &self.access
+    }
+
+    fn access_mut(&mut self) -> &mut Option<Access> {
+        &mut self.access
+    }
+
+    fn syndrome(&self) -> u64 {
+        self.last_exit.map_or(0, |(_, exception)| exception.syndrome)
+    }
+
     fn state(&self) -> VcpuResult<(u64, u64)> {
         Ok((self.registers.get(reg::PC)?, self.registers.get(reg::CPSR)?))
     }
@@ -484,15 +460,7 @@ impl VcpuOps for HvfVcpu {
     }
 
     fn complete_read(&mut self, data: &[u8]) -> VcpuResult<()> {
-        let (_, pending) = self.expect("answer to a read", false)?;
-        if data.len() != pending.len {
-            let detail = format!("{} bytes for a read of {}", data.len(), pending.len);
-            return Err(AccelError::invalid("answer to a read", detail));
-        }
-        if let Some(access) = &mut self.access {
-            access.answer(data);
-        }
-        Ok(())
+        self.answer(data)
     }
 
     fn pending_access(&self) -> Option<PendingAccess> {
@@ -569,7 +537,7 @@ impl Aarch64Vcpu for HvfVcpu {
             let abort = self.last_exit.filter(|_| self.access.is_some()).map(|(_, exception)| exception);
             let abort = abort.ok_or_else(|| AccelError::invalid("external abort", "the last exit was no access"))?;
             self.access = None;
-            self.external_abort(abort.syndrome, abort.virtual_address)?;
+            self.external_abort(abort.syndrome, Some(abort.virtual_address))?;
         }
         if events.serror_pending {
             self.serror = Some(events.serror_esr.unwrap_or(0));

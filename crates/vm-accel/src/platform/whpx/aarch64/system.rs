@@ -1,0 +1,26 @@
+//! The platform of the running Windows.
+
+use super::AccelWhpx;
+use crate::accel::Capabilities;
+use crate::error::VcpuResult;
+use crate::platform::whpx::partition::missing;
+use vm_accel_sys::whpx::aarch64::WhpApi;
+
+impl AccelWhpx {
+    /// What the platform of this Windows can do.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason.
+    pub fn probe() -> VcpuResult<Capabilities> {
+        Self::probe_table(WhpApi::system().map_err(missing)?)
+    }
+
+    /// Creates a virtual machine without memory, interrupt controllers and vCPUs.
+    ///
+    /// # Errors
+    /// [`AccelError::Unavailable`](crate::AccelError::Unavailable) with the reason if this Windows has no such platform,
+    /// [`AccelError::Backend`](crate::AccelError::Backend) if it refuses.
+    pub fn new() -> VcpuResult<Self> {
+        Self::from_table(WhpApi::system().map_err(missing)?)
+    }
+}
