@@ -56,7 +56,13 @@ impl Vm {
         if !self.has_gic.load(Ordering::Relaxed) {
             return Err(absent("a GIC in a machine without one"));
         }
-        Ok(Gic { version: GicVersion::V3, distributor: Gic::DISTRIBUTOR, cpus: Gic::GICV3_REDISTRIBUTORS, its: None })
+        Ok(Gic {
+            version: GicVersion::V3,
+            distributor: Gic::DISTRIBUTOR,
+            cpus: Gic::GICV3_REDISTRIBUTORS,
+            its: None,
+            msi_frame: None,
+        })
     }
 }
 
