@@ -6,6 +6,7 @@
 //! (DDI 0487).
 
 mod exec;
+pub(crate) mod gic;
 mod memory;
 mod mmu;
 mod sys;
@@ -14,6 +15,7 @@ mod sys;
 mod tests;
 
 use std::collections::BTreeMap;
+use vm_accel_sys::hvf::aarch64::gic::CNTP;
 use vm_accel_sys::hvf::aarch64::sys_reg;
 
 /// What the CPU is connected to.
@@ -210,6 +212,21 @@ impl Cpu {
     /// The virtual timer asks for an interrupt.
     pub(crate) fn timer_fires(&self, bus: &impl Bus) -> bool {
         self.timer_control(bus) & 7 == 5
+    }
+
+    /// CNTP_CTL_EL0 as it reads, on a CPU that has the physical timer.
+    pub(crate) fn physical_timer_control(&self, bus: &impl Bus) -> u64 {
+        let [control, compare] = CNTP.map(|register| self.get(register));
+        control & 3 | u64::from(control & 1 != 0 && bus.ticks() >= compare) << 2
+    }
+
+    /// How many ticks are left until a timer asks for an interrupt, if one will.
+    pub(crate) fn ticks_to_timer(&self, bus: &impl Bus) -> Option<u64> {
+        let left = |control: u64, compare: u64, count: u64| (control & 3 == 1).then(|| compare.saturating_sub(count));
+        let [control, compare] = CNTP.map(|register| self.get(register));
+        let physical = left(control, compare, bus.ticks());
+        let virt = left(self.get(sys_reg::CNTV_CTL_EL0), self.get(sys_reg::CNTV_CVAL_EL0), self.count(bus));
+        physical.into_iter().chain(virt).min()
     }
 
     /// Takes an exception to EL1 (D1.3.2): `vector` is the offset within its quarter of the table.

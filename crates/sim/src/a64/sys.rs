@@ -1,6 +1,7 @@
 //! The system instructions: MRS and MSR, hints, barriers, maintenance (C4.1.93, "System instructions").
 
 use super::{Bus, Cpu, FREQUENCY, Stop, Trap, class, pstate, syndrome};
+use vm_accel_sys::hvf::aarch64::gic::CNTP;
 use vm_accel_sys::hvf::aarch64::sys_reg;
 
 const fn encoding(op0: u16, op1: u16, crn: u16, crm: u16, op2: u16) -> u16 {
@@ -18,6 +19,8 @@ const DCZID_EL0: u16 = encoding(3, 3, 0, 0, 7);
 const CNTFRQ_EL0: u16 = encoding(3, 3, 14, 0, 0);
 const CNTVCT_EL0: u16 = encoding(3, 3, 14, 0, 2);
 const CNTV_TVAL_EL0: u16 = encoding(3, 3, 14, 3, 0);
+const CNTP_CTL_EL0: u16 = CNTP[0];
+const CNTP_TVAL_EL0: u16 = encoding(3, 3, 14, 2, 0);
 const ISR_EL1: u16 = encoding(3, 0, 12, 1, 0);
 /// The GIC's CPU interface: ICC_PMR_EL1, and CRn 12 with CRm 8 to 12.
 const fn is_gic(register: u16) -> bool {
@@ -109,6 +112,10 @@ impl Cpu {
         Stop::Trap(Trap { syndrome: syndrome(class::SYS_REG, iss), far: 0, ipa: 0 })
     }
 
+    fn has_physical_timer(&self) -> bool {
+        self.sys.contains_key(&CNTP_CTL_EL0)
+    }
+
     fn read_register(&mut self, bus: &impl Bus, register: u16, t: u32) -> Result<u64, Stop> {
         self.allowed(register)?;
         Ok(match register {
@@ -124,6 +131,8 @@ impl Cpu {
             CNTVCT_EL0 => self.count(bus),
             CNTV_TVAL_EL0 => self.get(sys_reg::CNTV_CVAL_EL0).wrapping_sub(self.count(bus)) & 0xffff_ffff,
             sys_reg::CNTV_CTL_EL0 => self.timer_control(bus),
+            CNTP_CTL_EL0 if self.has_physical_timer() => self.physical_timer_control(bus),
+            CNTP_TVAL_EL0 if self.has_physical_timer() => self.get(CNTP[1]).wrapping_sub(bus.ticks()) & 0xffff_ffff,
             ISR_EL1 => u64::from(self.irq) << 7 | u64::from(self.fiq) << 6,
             _ if is_gic(register) => bus.read_gic(register).ok_or_else(|| Self::trapped(register, t, true))?,
             // EL2's registers, of which the platform lets a VMM see one.
@@ -144,6 +153,10 @@ impl Cpu {
             CNTV_TVAL_EL0 => {
                 let distance = i64::from(value as i32);
                 self.set(sys_reg::CNTV_CVAL_EL0, self.count(bus).wrapping_add_signed(distance));
+            }
+            CNTP_TVAL_EL0 if self.has_physical_timer() => {
+                let distance = i64::from(value as i32);
+                self.set(CNTP[1], bus.ticks().wrapping_add_signed(distance));
             }
             _ if is_gic(register) => {
                 bus.write_gic(register, value).ok_or_else(|| Self::trapped(register, t, false))?;

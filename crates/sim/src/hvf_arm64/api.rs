@@ -2,12 +2,14 @@
 //!
 //! Each first asks the failure plan; then it finds the VM, and for what belongs to a vCPU checks the calling thread.
 
+use super::gic::Config;
 use super::vcpu::{Inner, Vcpu, feature};
 use super::vm::{self, DEFAULT_BITS, MAX_VCPUS, MOST_BITS, Vm, ticks};
 use super::{FAILURES, complain, lock};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, HvfArm64Functions, Object, Timebase, VcpuExit, Vector, reg, sys_reg};
 use vm_accel_sys::hvf::{HvReturn, code};
 
@@ -108,10 +110,10 @@ pub static MACOS_13: HvfArm64Api = HvfArm64Api {
     ..MACOS_11
 };
 
-type Answer = Result<(), HvReturn>;
+pub(super) type Answer = Result<(), HvReturn>;
 
 /// The frame of every function.
-fn answer(function: &'static str, call: impl FnOnce() -> Answer) -> HvReturn {
+pub(super) fn answer(function: &'static str, call: impl FnOnce() -> Answer) -> HvReturn {
     if let Some(code) = FAILURES.check(function) {
         return code;
     }
@@ -119,7 +121,7 @@ fn answer(function: &'static str, call: impl FnOnce() -> Answer) -> HvReturn {
 }
 
 /// The frame of what belongs to the VM.
-fn with_vm(function: &'static str, call: impl FnOnce(&Arc<Vm>) -> Answer) -> HvReturn {
+pub(super) fn with_vm(function: &'static str, call: impl FnOnce(&Arc<Vm>) -> Answer) -> HvReturn {
     answer(function, || match vm::current() {
         Some(vm) => call(&vm),
         None => {
@@ -130,7 +132,7 @@ fn with_vm(function: &'static str, call: impl FnOnce(&Arc<Vm>) -> Answer) -> HvR
 }
 
 /// The frame of what belongs to a vCPU.
-fn with_vcpu(function: &'static str, id: u64, call: impl FnOnce(&Vm, &Vcpu) -> Answer) -> HvReturn {
+pub(super) fn with_vcpu(function: &'static str, id: u64, call: impl FnOnce(&Vm, &Vcpu) -> Answer) -> HvReturn {
     with_vm(function, |vm| {
         let Some(vcpu) = lock(&vm.vcpus).get(&id).cloned() else {
             complain(format!("{function}: there is no vCPU {id}"));
@@ -152,7 +154,7 @@ fn with_state(function: &'static str, id: u64, call: impl FnOnce(&mut Inner) -> 
 ///
 /// # Safety
 /// `to` is null or good for a write.
-unsafe fn put<T>(to: *mut T, value: T) -> Answer {
+pub(super) unsafe fn put<T>(to: *mut T, value: T) -> Answer {
     if to.is_null() || !to.is_aligned() {
         complain("a pointer for an answer is null or not aligned");
         return Err(code::BAD_ARGUMENT);
@@ -162,24 +164,45 @@ unsafe fn put<T>(to: *mut T, value: T) -> Answer {
     Ok(())
 }
 
-/// Objects that a VMM holds: their numbers, and the width of addresses that one asks for.
-static OBJECTS: Mutex<(usize, BTreeMap<usize, u32>)> = Mutex::new((0, BTreeMap::new()));
+/// What an object of the VMM's is.
+pub(super) enum Thing {
+    /// A VM's configuration: the width of addresses that it asks for. Or a vCPU's, which has nothing in it.
+    Config(u32),
+    Gic(Config),
+    State(Vec<u8>),
+}
 
-fn create_object() -> Object {
+/// Objects that a VMM holds, and the last number.
+static OBJECTS: Mutex<(usize, BTreeMap<usize, Thing>)> = Mutex::new((0, BTreeMap::new()));
+
+pub(super) fn create_object(thing: Thing) -> Object {
     let (last, objects) = &mut *lock(&OBJECTS);
     *last += 16;
-    objects.insert(*last, DEFAULT_BITS);
+    objects.insert(*last, thing);
     *last as Object
 }
 
-fn with_object(object: Object, call: impl FnOnce(&mut u32) -> Answer) -> Answer {
+pub(super) fn with_thing(object: Object, call: impl FnOnce(&mut Thing) -> Answer) -> Answer {
     match lock(&OBJECTS).1.get_mut(&(object as usize)) {
-        Some(bits) => call(bits),
+        Some(thing) => call(thing),
         None => {
             complain("an object that was never created, or was released");
             Err(code::BAD_ARGUMENT)
         }
     }
+}
+
+/// An object of another kind.
+pub(super) fn wrong_thing() -> Answer {
+    complain("an object of another kind");
+    Err(code::BAD_ARGUMENT)
+}
+
+fn with_object(object: Object, call: impl FnOnce(&mut u32) -> Answer) -> Answer {
+    with_thing(object, |thing| match thing {
+        Thing::Config(bits) => call(bits),
+        _ => wrong_thing(),
+    })
 }
 
 unsafe extern "C" fn os_release(object: Object) {
@@ -233,7 +256,7 @@ unsafe extern "C" fn hv_vm_get_max_vcpu_count(count: *mut u32) -> HvReturn {
 }
 
 unsafe extern "C" fn hv_vm_config_create() -> Object {
-    create_object()
+    create_object(Thing::Config(DEFAULT_BITS))
 }
 
 unsafe extern "C" fn hv_vm_config_get_max_ipa_size(bits: *mut u32) -> HvReturn {
@@ -264,7 +287,7 @@ unsafe extern "C" fn hv_vm_config_get_ipa_size(config: Object, bits: *mut u32) -
 }
 
 unsafe extern "C" fn hv_vcpu_config_create() -> Object {
-    create_object()
+    create_object(Thing::Config(DEFAULT_BITS))
 }
 
 unsafe extern "C" fn hv_vcpu_config_get_feature_reg(config: Object, reg: u32, value: *mut u64) -> HvReturn {
@@ -288,7 +311,11 @@ unsafe extern "C" fn hv_vcpu_create(vcpu: *mut u64, exit: *mut *const VcpuExit, 
             return Err(code::BUSY);
         }
         let id = (0..u64::from(MAX_VCPUS)).find(|id| !vcpus.contains_key(id)).ok_or(code::NO_RESOURCES)?;
-        let new = Arc::new(Vcpu::new());
+        if vm.gic.get().is_some() && vm.has_run.load(Ordering::SeqCst) {
+            complain("hv_vcpu_create: vCPUs run already, and there is a GIC");
+            return Err(code::ERROR);
+        }
+        let new = Arc::new(Vcpu::new(id, vm.gic.get().is_some()));
         // SAFETY: the caller's promise (hv_vcpu.h). The area lives as long as the vCPU.
         unsafe {
             put(vcpu, id)?;
@@ -302,13 +329,23 @@ unsafe extern "C" fn hv_vcpu_create(vcpu: *mut u64, exit: *mut *const VcpuExit, 
 unsafe extern "C" fn hv_vcpu_destroy(vcpu: u64) -> HvReturn {
     with_vcpu("hv_vcpu_destroy", vcpu, |vm, _| {
         lock(&vm.vcpus).remove(&vcpu);
+        if let Some(device) = vm.gic.get() {
+            lock(&device.gic).disconnect(vcpu);
+        }
         Ok(())
     })
 }
 
 unsafe extern "C" fn hv_vcpu_run(vcpu: u64) -> HvReturn {
-    with_vcpu("hv_vcpu_run", vcpu, |vm, vcpu| {
-        vcpu.run(vm);
+    with_vcpu("hv_vcpu_run", vcpu, |vm, cpu| {
+        if vm.gic.get().is_some_and(|device| lock(&device.gic).redistributor(vcpu).is_none()) {
+            complain("hv_vcpu_run: there is a GIC, and the vCPU's MPIDR_EL1 was never set");
+            return Err(code::ILLEGAL_GUEST_STATE);
+        }
+        vm.has_run.store(true, Ordering::SeqCst);
+        vm.running.fetch_add(1, Ordering::SeqCst);
+        cpu.run(vm);
+        vm.running.fetch_sub(1, Ordering::SeqCst);
         Ok(())
     })
 }
@@ -325,6 +362,7 @@ unsafe extern "C" fn hv_vcpus_exit(vcpus: *const u64, count: u32) -> HvReturn {
         ids.iter().try_for_each(|id| match live.get(id) {
             Some(vcpu) => {
                 vcpu.cancel();
+                vm.notify();
                 Ok(())
             }
             None => {
@@ -393,14 +431,23 @@ unsafe extern "C" fn hv_vcpu_get_sys_reg(vcpu: u64, register: u16, value: *mut u
 }
 
 unsafe extern "C" fn hv_vcpu_set_sys_reg(vcpu: u64, register: u16, value: u64) -> HvReturn {
-    with_state("hv_vcpu_set_sys_reg", vcpu, |inner| {
-        *inner.cpu.sys.get_mut(&register).ok_or(code::BAD_ARGUMENT)? = value;
+    with_vcpu("hv_vcpu_set_sys_reg", vcpu, |vm, cpu| {
+        *lock(&cpu.inner).cpu.sys.get_mut(&register).ok_or(code::BAD_ARGUMENT)? = value;
+        if let Some(device) = vm.gic.get().filter(|_| register == sys_reg::MPIDR_EL1) {
+            device.place(vcpu, value);
+        }
         Ok(())
     })
 }
 
+/// The state of a vCPU whose inputs are the VMM's: with a GIC they are not.
+fn without_gic<'a>(vm: &Vm, vcpu: &'a Vcpu) -> Result<MutexGuard<'a, Inner>, HvReturn> {
+    if vm.gic.get().is_some() { Err(code::UNSUPPORTED) } else { Ok(lock(&vcpu.inner)) }
+}
+
 unsafe extern "C" fn hv_vcpu_get_pending_interrupt(vcpu: u64, kind: u32, pending: *mut bool) -> HvReturn {
-    with_state("hv_vcpu_get_pending_interrupt", vcpu, |inner| {
+    with_vcpu("hv_vcpu_get_pending_interrupt", vcpu, |vm, vcpu| {
+        let inner = &mut *without_gic(vm, vcpu)?;
         let is_pending = inner.pending.get(kind as usize).ok_or(code::BAD_ARGUMENT)?;
         // SAFETY: the caller's promise (hv_vcpu.h).
         unsafe { put(pending, *is_pending) }
@@ -408,7 +455,8 @@ unsafe extern "C" fn hv_vcpu_get_pending_interrupt(vcpu: u64, kind: u32, pending
 }
 
 unsafe extern "C" fn hv_vcpu_set_pending_interrupt(vcpu: u64, kind: u32, pending: bool) -> HvReturn {
-    with_state("hv_vcpu_set_pending_interrupt", vcpu, |inner| {
+    with_vcpu("hv_vcpu_set_pending_interrupt", vcpu, |vm, vcpu| {
+        let inner = &mut *without_gic(vm, vcpu)?;
         *inner.pending.get_mut(kind as usize).ok_or(code::BAD_ARGUMENT)? = pending;
         Ok(())
     })

@@ -15,15 +15,21 @@
 //! It judges its caller, too: calls from another thread, on vCPUs that are gone, with misaligned memory and the like are
 //! answered with an error and written down; see [`complaints`].
 //!
-//! Two systems can be had: [`MACOS_11`], which has no optional function, and [`MACOS_13`], which tells how wide addresses are.
+//! * With a GIC (`gic.rs`) interrupts and timers are the platform's; it waits in WFI, or leaves as without one, which Apple does
+//!   not tell.
+//!
+//! Three systems can be had: [`MACOS_11`], which has no optional function, [`MACOS_13`], which tells how wide addresses are, and
+//! [`MACOS_15`], which has a GIC.
 
 mod api;
 mod exit;
+mod gic;
 mod memory;
 mod vcpu;
 mod vm;
 
 pub use api::{MACOS_11, MACOS_13};
+pub use gic::MACOS_15;
 
 use crate::hostile::{FailurePlan, Mischief};
 use std::sync::atomic::{AtomicU64, Ordering};

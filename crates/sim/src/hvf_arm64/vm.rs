@@ -1,9 +1,11 @@
 //! The one VM of the process.
 
+use super::gic::Device;
 use super::memory::Memory;
 use super::vcpu::Vcpu;
 use super::{complain, lock};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 use vm_accel_sys::hvf::{HvReturn, code};
@@ -19,6 +21,11 @@ static VM: Mutex<Option<Arc<Vm>>> = Mutex::new(None);
 pub(super) struct Vm {
     pub(super) memory: Memory,
     pub(super) vcpus: Mutex<BTreeMap<u64, Arc<Vcpu>>>,
+    pub(super) gic: OnceLock<Device>,
+    /// vCPUs that are in a run.
+    pub(super) running: AtomicUsize,
+    /// A vCPU was run.
+    pub(super) has_run: AtomicBool,
 }
 
 pub(super) fn current() -> Option<Arc<Vm>> {
@@ -30,7 +37,13 @@ pub(super) fn create(bits: u32) -> Result<(), HvReturn> {
     if vm.is_some() {
         return Err(code::BUSY);
     }
-    *vm = Some(Arc::new(Vm { memory: Memory::new(bits), vcpus: Mutex::default() }));
+    *vm = Some(Arc::new(Vm {
+        memory: Memory::new(bits),
+        vcpus: Mutex::default(),
+        gic: OnceLock::new(),
+        running: AtomicUsize::new(0),
+        has_run: AtomicBool::new(false),
+    }));
     Ok(())
 }
 

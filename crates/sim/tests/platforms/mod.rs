@@ -65,8 +65,8 @@ pub(crate) const PLATFORMS: &[Platform] = &[
     Platform {
         backend: Backend {
             name: "sim-hvf-arm64",
-            probe: || AccelHvfArm64::probe_with(&hvf_arm64::MACOS_13),
-            create: || Ok(Box::new(AccelHvfArm64::with_api(&hvf_arm64::MACOS_13)?)),
+            probe: || AccelHvfArm64::probe_with(&hvf_arm64::MACOS_15),
+            create: || Ok(Box::new(AccelHvfArm64::with_api(&hvf_arm64::MACOS_15)?)),
             moves_threads: false,
             native: false,
             serial: true,

@@ -278,6 +278,46 @@ pub mod sys_reg {
     }
 }
 
+/// Numbers of the GIC (`hv_gic_types.h`): registers are named by their offsets and by the encodings of [`sys_reg`].
+#[allow(missing_docs, reason = "each is named as in hv_gic_types.h")]
+pub mod gic {
+    /// Interrupts that are the framework's, for [`HvfArm64Functions::hv_gic_get_intid`](super::HvfArm64Functions).
+    pub const INT_PERFORMANCE_MONITOR: u16 = 23;
+    pub const INT_EL1_VIRTUAL_TIMER: u16 = 27;
+    pub const INT_EL1_PHYSICAL_TIMER: u16 = 30;
+
+    pub const GICR_ISPENDR0: u32 = 0x1_0200;
+    pub const GICR_ICPENDR0: u32 = 0x1_0280;
+    pub const GICM_TYPER: u16 = 0x8;
+    pub const GICM_SET_SPI_NSR: u16 = 0x40;
+
+    pub const ICC_PMR_EL1: u16 = 0xc230;
+    pub const ICC_BPR0_EL1: u16 = 0xc643;
+    pub const ICC_AP0R0_EL1: u16 = 0xc644;
+    pub const ICC_AP1R0_EL1: u16 = 0xc648;
+    pub const ICC_RPR_EL1: u16 = 0xc65b;
+    pub const ICC_BPR1_EL1: u16 = 0xc663;
+    pub const ICC_CTLR_EL1: u16 = 0xc664;
+    pub const ICC_SRE_EL1: u16 = 0xc665;
+    pub const ICC_IGRPEN0_EL1: u16 = 0xc666;
+    pub const ICC_IGRPEN1_EL1: u16 = 0xc667;
+
+    /// Registers of the CPU interface that can be written, in the order in which they are restored.
+    pub const ICC: [u16; 9] = [
+        ICC_SRE_EL1,
+        ICC_CTLR_EL1,
+        ICC_PMR_EL1,
+        ICC_BPR0_EL1,
+        ICC_BPR1_EL1,
+        ICC_AP0R0_EL1,
+        ICC_AP1R0_EL1,
+        ICC_IGRPEN0_EL1,
+        ICC_IGRPEN1_EL1,
+    ];
+    /// System registers (`hv_sys_reg_t`) that there are with a GIC only: the physical timer's control and compare value.
+    pub const CNTP: [u16; 2] = [0xdf11, 0xdf12];
+}
+
 /// Memory is mapped in pages of this size.
 pub const PAGE_SIZE: u64 = 16 * 1024;
 
@@ -322,6 +362,10 @@ mod tests {
             (sys_reg::CSSELR_EL1, encoding(3, 2, 0, 0, 0)),
             (sys_reg::CNTV_CVAL_EL0, encoding(3, 3, 14, 3, 2)),
             (sys_reg::SP_EL1, encoding(3, 4, 4, 1, 0)),
+            (gic::ICC_PMR_EL1, encoding(3, 0, 4, 6, 0)),
+            (gic::ICC_AP1R0_EL1, encoding(3, 0, 12, 9, 0)),
+            (gic::ICC_IGRPEN1_EL1, encoding(3, 0, 12, 12, 7)),
+            (gic::CNTP[1], encoding(3, 3, 14, 2, 2)),
             (sys_reg::DBGWCR0_EL1 + 15 * 8, encoding(2, 0, 0, 15, 7)),
         ] {
             assert_eq!(number, expected);

@@ -224,7 +224,7 @@ impl Gic {
     /// Where an [`MsiFrame`] is, and its bytes at most.
     pub const MSI_FRAME: u64 = 0x0802_0000;
     /// See [`MSI_FRAME`](Self::MSI_FRAME).
-    pub const MSI_FRAME_SIZE: u64 = 0x1_0000;
+    pub const MSI_FRAME_SIZE: u64 = 0x6_0000;
     /// Where an interrupt translation service is.
     pub const ITS: u64 = 0x0808_0000;
     /// Bytes of an interrupt translation service.

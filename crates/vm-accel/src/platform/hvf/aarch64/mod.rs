@@ -6,6 +6,7 @@
 //! * HVC and SMC are answered here (PSCI 1.1, SMCCC 1.1), but for services of the silicon partner and the OEM, which exit as
 //!   [`VcpuExit::SystemCall`](crate::VcpuExit::SystemCall). Every vCPU but number 0 begins powered off, and its `run` waits.
 //! * WFI blocks inside `run` until a kick, an interrupt or the virtual timer's time.
+//! * With [`IrqChip::Kernel`] the GIC is the framework's (`gic.rs`), which delivers the timers' interrupts and knows how to wait.
 //! * Without a GIC the virtual timer exits as [`VcpuExit::VirtualTimer`](crate::VcpuExit::VirtualTimer) when it fires, once until
 //!   the guest has dealt with it; the VMM's own controller drives the CPU's inputs with
 //!   [`Aarch64Vcpu::set_interrupts`](crate::aarch64::Aarch64Vcpu::set_interrupts).
@@ -15,10 +16,11 @@
 //! [`AccelError::WrongThread`]; dropped elsewhere, a vCPU waits for its thread (`thread.rs`).
 //!
 //! One virtual machine per process, one vCPU per thread: the framework's rules. Never run on hardware by this project so far;
-//! the simulator holds it to the documentation. The framework's GIC (macOS 15) is not used yet.
+//! the simulator holds it to the documentation.
 
 mod call;
 mod debug;
+mod gic;
 mod state;
 #[cfg(all(target_os = "macos", target_arch = "aarch64"))]
 mod system;
@@ -26,17 +28,18 @@ mod vcpu;
 
 use super::memory::{Calls, Mappings};
 use super::unavailable;
-use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, MemoryFlags};
+use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, IrqHandle, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::memory::{DirtyBitmap, GuestRegion};
 use crate::platform::slots::{Rules, Slots};
 use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::Aarch64Features;
+use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
+use gic::FrameworkGic;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vcpu::{HvfVcpu, Shared};
 use vm_accel_sys::hvf::aarch64::{FEATURE_REGS, HvfArm64Api, Object, PAGE_SIZE, Timebase, sys_reg};
@@ -116,6 +119,10 @@ impl AccelHvf {
         let caps = config.capabilities();
         let vm = Arc::new(Vm::create(config, &caps)?);
         Ok(Self { vm, caps })
+    }
+
+    fn framework_gic(&self) -> VcpuResult<&FrameworkGic> {
+        self.vm.gic.get().ok_or_else(|| self.unsupported("a GIC in a machine without one"))
     }
 
     fn examine(api: &'static HvfArm64Api) -> VcpuResult<Capabilities> {
@@ -219,6 +226,7 @@ impl Config {
             dirty_log: true,
             guest_debug: true,
             aarch64_calls: true,
+            kernel_irqchip: FrameworkGic::is_there(self.api),
             emulates_ring0: Some(false),
             ..Capabilities::minimal(GuestArch::Aarch64)
         }
@@ -237,6 +245,9 @@ struct Vm {
     /// What the virtual counts are behind the host's.
     count_offset: AtomicU64,
     vcpus: Mutex<BTreeMap<u32, Arc<Shared>>>,
+    /// How many of them the framework does not have yet.
+    missing: AtomicUsize,
+    gic: OnceLock<FrameworkGic>,
     features: BTreeMap<u16, (u64, u64)>,
     timebase: Timebase,
 }
@@ -266,6 +277,8 @@ impl Vm {
             slots: Slots::new(Mappings::new(calls, PAGE_SIZE), rules),
             count_offset: AtomicU64::new(0),
             vcpus: Mutex::default(),
+            missing: AtomicUsize::new(0),
+            gic: OnceLock::new(),
             features: config.features,
             timebase: config.timebase,
         };
@@ -293,7 +306,8 @@ impl Vm {
 
     /// A feature register as guests see it.
     fn feature(&self, register: u16) -> u64 {
-        self.features.get(&register).map_or(0, |(_, guest)| *guest)
+        let has_gic = register == sys_reg::ID_AA64PFR0_EL1 && self.gic.get().is_some();
+        self.features.get(&register).map_or(0, |(_, guest)| *guest) | if has_gic { gic::FEATURE } else { 0 }
     }
 }
 
@@ -321,7 +335,11 @@ impl Accel for AccelHvf {
             let detail = format!("{id}: it is in use, or not below {most}");
             return Err(AccelError::invalid("vCPU id", detail));
         }
+        if self.vm.gic.get().is_some_and(FrameworkGic::has_started) {
+            return Err(AccelError::invalid("vCPU", "their number is final with a GIC when the first of them has run"));
+        }
         let shared = Arc::new(Shared::new(self.vm.api, id));
+        self.vm.missing.fetch_add(1, Ordering::SeqCst);
         vcpus.insert(id, Arc::clone(&shared));
         Ok(Box::new(HvfVcpu::new(&self.vm, shared)))
     }
@@ -354,5 +372,36 @@ impl Accel for AccelHvf {
             return Ok(());
         }
         Err(self.unsupported("optional parts of the aarch64 architecture"))
+    }
+
+    fn create_irqchip(&mut self, chip: IrqChip) -> VcpuResult<()> {
+        match chip {
+            IrqChip::None => return Ok(()),
+            IrqChip::Kernel if self.caps.kernel_irqchip => {}
+            _ => return Err(self.unsupported("such an interrupt controller")),
+        }
+        if !lock(&self.vm.vcpus).is_empty() || self.vm.gic.get().is_some() {
+            return Err(AccelError::invalid("interrupt controller", "there is one, or vCPUs exist already"));
+        }
+        let gic = FrameworkGic::create(self.vm.api)?;
+        // Empty, as `self` is ours alone.
+        let _ = self.vm.gic.set(gic);
+        Ok(())
+    }
+
+    fn irq_handle(&self) -> VcpuResult<IrqHandle> {
+        self.framework_gic().map(|_| IrqHandle::new(Arc::<Vm>::clone(&self.vm)))
+    }
+
+    fn gic(&self) -> VcpuResult<Gic> {
+        self.framework_gic().map(|gic| gic.layout)
+    }
+
+    fn get_gic_state(&self) -> VcpuResult<GicState> {
+        self.framework_gic()?.save(self.vm.api)
+    }
+
+    fn set_gic_state(&mut self, state: &GicState) -> VcpuResult<()> {
+        self.framework_gic()?.restore(state)
     }
 }

@@ -1,6 +1,6 @@
 //! The registers of a vCPU: kept here until its thread enters it for the first time, the framework's from then on.
 
-use super::Vm;
+use super::{Vm, gic};
 use crate::error::{AccelError, VcpuResult};
 use crate::platform::aarch64_access::exception::pstate;
 use crate::platform::hvf::check;
@@ -10,7 +10,7 @@ use crate::regs::aarch64::{self as aarch64, Aarch64FpuRegs, PSTATE_EL1H_MASKED, 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_accel_sys::hvf::aarch64::{HvfArm64Api, VcpuExit, Vector, reg, sys_reg};
+use vm_accel_sys::hvf::aarch64::{HvfArm64Api, VcpuExit, Vector, gic as numbers, reg, sys_reg};
 
 /// Bits of SCTLR_EL1 that are one on a CPU without extensions (Arm ARM, D24.2.118).
 const SCTLR_RESET: u64 = 0x30d0_0800;
@@ -66,7 +66,7 @@ impl Registers {
             sys_reg::SCTLR_EL1 => SCTLR_RESET,
             sys_reg::MIDR_EL1 => MIDR,
             sys_reg::MPIDR_EL1 => MPIDR_RES1 | affinity(self.id),
-            _ => self.vm.feature(register),
+            _ => gic::interface_reset(register).unwrap_or_else(|| self.vm.feature(register)),
         };
         let sys = self.list().into_iter().map(|register| (register, value(register))).collect();
         Kept { general, vectors: [0; 32], sys }
@@ -83,7 +83,8 @@ impl Registers {
         let [breakpoints, watchpoints] = self.comparators();
         let numbered = |count, first| (0..count).flat_map(move |n| [first + 8 * n, first + 1 + 8 * n]);
         let debug = numbered(breakpoints, sys_reg::DBGBVR0_EL1).chain(numbered(watchpoints, sys_reg::DBGWVR0_EL1));
-        sys_reg::ALL.iter().copied().chain(debug).collect()
+        let with_gic: &[&[u16]] = if self.vm.gic.get().is_some() { &[&numbers::CNTP, &numbers::ICC] } else { &[] };
+        sys_reg::ALL.iter().chain(with_gic.iter().copied().flatten()).copied().chain(debug).collect()
     }
 
     /// As [`list`](Self::list), with the count.
@@ -208,6 +209,9 @@ impl Registers {
         let Some(link) = self.link("reading registers")? else {
             return Ok(kept);
         };
+        if numbers::ICC.contains(&register) {
+            return gic::interface(self.api, link.id, register);
+        }
         let mut value = 0;
         // SAFETY: the pointer is that of a local variable, the vCPU is this thread's.
         check("hv_vcpu_get_sys_reg", unsafe { (self.api.hv_vcpu_get_sys_reg)(link.id, register, &mut value) })?;
@@ -224,6 +228,9 @@ impl Registers {
             *kept.ok_or_else(|| AccelError::invalid("system register", format!("{register:#x}")))? = value;
             return Ok(());
         };
+        if numbers::ICC.contains(&register) {
+            return gic::set_interface(self.api, link.id, register, value);
+        }
         // Not every feature register can be written, and most are as the host has them.
         let is_feature = self.vm.features.contains_key(&register);
         if is_feature && self.sys(register)? == value {

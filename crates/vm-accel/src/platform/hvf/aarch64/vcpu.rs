@@ -6,6 +6,7 @@
 use super::Vm;
 use super::call::{Answer, Power, answer};
 use super::debug::Debugging;
+use super::gic;
 use super::state::Registers;
 use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, VcpuResult};
@@ -19,7 +20,7 @@ use crate::regs::aarch64::{
 };
 use crate::regs::{FpuRegs, GuestRegs};
 use crate::vcpu_common::{DebugEvent, GuestDebug, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 use vm_accel_sys::hvf::aarch64::{ExitException, HvfArm64Api, interrupt, reason, reg, sys_reg};
@@ -46,6 +47,8 @@ pub(super) struct Shared {
     /// The framework's number, as long as it means this vCPU. Locked while it is used, so never after that.
     target: Mutex<Option<u64>>,
     power: Mutex<Power>,
+    /// Lines of private interrupts that are up.
+    lines: AtomicU32,
     /// Whoever waits instead of running has to look again.
     changed: Condvar,
 }
@@ -59,6 +62,7 @@ impl Shared {
             kicked: AtomicBool::new(false),
             target: Mutex::default(),
             power: Mutex::new(power),
+            lines: AtomicU32::new(0),
             changed: Condvar::new(),
         }
     }
@@ -85,14 +89,33 @@ impl Shared {
         }
     }
 
+    /// Sets the line of a private interrupt, which the vCPU brings to the framework at its next entry.
+    pub(super) fn set_line(&self, bit: u32, level: bool) {
+        let was = if level {
+            self.lines.fetch_or(bit, Ordering::SeqCst)
+        } else {
+            self.lines.fetch_and(!bit, Ordering::SeqCst)
+        };
+        if (was & bit != 0) != level {
+            self.interrupt();
+        }
+    }
+
+    /// Lets a waiter look again.
+    fn wake(&self) {
+        // Under the lock: a waiter is either before its look, or waiting.
+        drop(lock(&self.power));
+        self.changed.notify_all();
+    }
+
     fn is_kicked(&self) -> bool {
         self.kicked.load(Ordering::SeqCst)
     }
 
-    /// Waits until a kick, a deadline, or a change of power from what it was.
-    fn wait(&self, was: Power, deadline: Option<Instant>) {
+    /// Waits until a kick, a deadline, or something else than what is waited for.
+    fn wait(&self, deadline: Option<Instant>, goes_on: impl Fn(Power) -> bool) {
         let mut power = lock(&self.power);
-        while !self.is_kicked() && *power == was {
+        while !self.is_kicked() && goes_on(*power) {
             power = match deadline.map(|at| at.checked_duration_since(Instant::now())) {
                 None => self.changed.wait(power).unwrap_or_else(PoisonError::into_inner),
                 Some(None) => return,
@@ -108,16 +131,18 @@ impl KickTarget for Shared {
         // from entering.
         self.kicked.store(true, Ordering::SeqCst);
         self.interrupt();
-        // Under the lock: a waiter is either before its look, or waiting.
-        drop(lock(&self.power));
-        self.changed.notify_all();
+        self.wake();
     }
 }
 
 /// One vCPU.
 pub(super) struct HvfVcpu {
-    vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
     shared: Arc<Shared>,
+    /// The framework has it.
+    is_counted: bool,
+    /// All vCPUs have been there.
+    is_ready: bool,
     pub(super) registers: Registers,
     access: Option<Access>,
     debugging: Debugging,
@@ -129,6 +154,8 @@ pub(super) struct HvfVcpu {
     timer_masked: bool,
     /// What the VMM's interrupt controller drives.
     inputs: [bool; 2],
+    /// Lines of private interrupts that the framework's GIC knows of.
+    lines: u32,
     /// A system error that the guest has not taken, with its syndrome.
     serror: Option<u64>,
     last_exit: Option<(u32, ExitException)>,
@@ -140,6 +167,8 @@ impl HvfVcpu {
             registers: Registers::new(vm, shared.id),
             vm: Arc::clone(vm),
             shared,
+            is_counted: false,
+            is_ready: false,
             access: None,
             debugging: Debugging::default(),
             debug_event: None,
@@ -147,6 +176,7 @@ impl HvfVcpu {
             count_offset: None,
             timer_masked: false,
             inputs: [false; 2],
+            lines: 0,
             serror: None,
             last_exit: None,
         }
@@ -185,7 +215,39 @@ impl HvfVcpu {
                 check("hv_vcpu_set_pending_interrupt", answer)?;
             }
         }
+        let lines = self.shared.lines.load(Ordering::SeqCst);
+        gic::lines(self, id, self.lines, lines)?;
+        self.lines = lines;
         Ok(())
+    }
+
+    fn has_gic(&self) -> bool {
+        self.vm.gic.get().is_some()
+    }
+
+    /// The framework has this vCPU from now on, or never will.
+    fn count(&mut self) {
+        if !std::mem::replace(&mut self.is_counted, true) {
+            self.vm.missing.fetch_sub(1, Ordering::SeqCst);
+            let all: Vec<_> = lock(&self.vm.vcpus).values().cloned().collect();
+            all.iter().for_each(|other| other.wake());
+        }
+    }
+
+    /// With a GIC, waits for all other vCPUs before the first of them runs; false if a kick came first.
+    fn assemble(&mut self) -> VcpuResult<bool> {
+        self.count();
+        if let Some(gic) = self.vm.gic.get() {
+            let is_missing = || self.vm.missing.load(Ordering::SeqCst) != 0;
+            self.shared.wait(None, |_| is_missing());
+            if is_missing() {
+                self.shared.kicked.store(false, Ordering::SeqCst);
+                return Ok(false);
+            }
+            gic.start(self.vm.api)?;
+        }
+        self.is_ready = true;
+        Ok(true)
     }
 
     /// Runs until something needs the VMM; `None` if it was kicked.
@@ -193,6 +255,9 @@ impl HvfVcpu {
         let (created, destroyed) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let bound =
             self.registers.bind(|id| *lock(&created.target) = Some(id), move || *lock(&destroyed.target) = None)?;
+        if !self.is_ready && !self.assemble()? {
+            return Ok(None);
+        }
         loop {
             // After the number is known to others: see `kick`.
             if self.shared.kicked.swap(false, Ordering::SeqCst) {
@@ -201,7 +266,7 @@ impl HvfVcpu {
             match self.shared.power() {
                 Power::On => {}
                 Power::Off => {
-                    self.shared.wait(Power::Off, None);
+                    self.shared.wait(None, |power| power == Power::Off);
                     continue;
                 }
                 Power::Starting { entry, context } => {
@@ -215,14 +280,14 @@ impl HvfVcpu {
             self.prepare(bound)?;
             // SAFETY: the vCPU is this thread's, which `bind` has checked.
             check("hv_vcpu_run", unsafe { (self.vm.api.hv_vcpu_run)(bound) })?;
-            if let Some(exit) = self.translate()? {
+            if let Some(exit) = self.translate(bound)? {
                 return Ok(Some(exit));
             }
         }
     }
 
     /// Makes an exit of what the framework reports; `None` if the guest can go on.
-    fn translate(&mut self) -> VcpuResult<Option<VcpuExit>> {
+    fn translate(&mut self, id: u64) -> VcpuResult<Option<VcpuExit>> {
         let exit = self.registers.exit()?;
         self.last_exit = Some((exit.reason, exit.exception));
         match exit.reason {
@@ -231,6 +296,11 @@ impl HvfVcpu {
             reason::VTIMER_ACTIVATED => {
                 self.timer_masked = true;
                 let fires = self.timer_control()? & 7 == TIMER_FIRES;
+                if self.has_gic() {
+                    // The GIC delivers it by itself, says Apple, and should not tell. Where it does, it is made pending here.
+                    gic::lines(self, id, 0, u32::from(fires) << aarch64::VIRTUAL_TIMER_INTID)?;
+                    return Ok(None);
+                }
                 Ok(fires.then_some(VcpuExit::VirtualTimer))
             }
             _ => Ok(Some(VcpuExit::Unknown)),
@@ -339,7 +409,8 @@ impl HvfVcpu {
 
     /// WFI: waits here, as the timer fires only while the vCPU runs.
     fn wait_for_interrupt(&mut self) -> VcpuResult<()> {
-        if self.inputs != [false; 2] || self.serror.is_some() {
+        // With the framework's GIC it is the framework that waits; who comes here all the same goes on.
+        if self.inputs != [false; 2] || self.serror.is_some() || self.has_gic() {
             return Ok(());
         }
         let control = self.timer_control()?;
@@ -350,7 +421,7 @@ impl HvfVcpu {
         } else {
             None
         };
-        self.shared.wait(Power::On, deadline);
+        self.shared.wait(deadline, |power| power == Power::On);
         Ok(())
     }
 
@@ -360,6 +431,12 @@ impl HvfVcpu {
         let taken = self.take_serror(&mut waiting);
         self.serror = waiting;
         taken
+    }
+}
+
+impl Drop for HvfVcpu {
+    fn drop(&mut self) {
+        self.count();
     }
 }
 
@@ -572,6 +649,9 @@ impl Aarch64Vcpu for HvfVcpu {
     }
 
     fn set_interrupts(&mut self, irq: bool, fiq: bool) -> VcpuResult<()> {
+        if self.has_gic() {
+            return Err(self.unsupported("interrupt inputs of a CPU beside the framework's GIC"));
+        }
         self.inputs = [irq, fiq];
         Ok(())
     }
