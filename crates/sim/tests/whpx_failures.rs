@@ -3,11 +3,13 @@
 use vm_accel::platform::whpx::x86_64::AccelWhpx;
 use vm_accel::x86_64::{X86Msr, X86Sregs};
 use vm_accel::{
-    Accel, AccelError, GuestRegion, GuestRegs, IoDirection, IrqChip, MemoryFlags, RawCode, UnavailableReason, VcpuExit,
-    VcpuResult,
+    Accel, AccelError, GuestDebug, GuestRegion, GuestRegs, IoDirection, IrqChip, MemoryFlags, MsiMessage, RawCode,
+    UnavailableReason, VcpuExit, VcpuResult,
 };
 use vm_accel_sim::hostile::Failure;
-use vm_accel_sim::whpx::{API, FAILURES, SIMULATED, leave_once_with, live_partitions, set_hypervisor_present};
+use vm_accel_sim::whpx::{
+    API, FAILURES, SIMULATED, leave_once_with, live_partitions, set_hypervisor_present, windows_1809,
+};
 use vm_accel_sys::whpx::code::hv::{ERROR_HV_INSUFFICIENT_MEMORY, ERROR_HV_INVALID_PARAMETER};
 use vm_accel_sys::whpx::code::*;
 
@@ -100,6 +102,56 @@ fn scenario() -> VcpuResult<()> {
     vm.unmap_memory(0)
 }
 
+/// A guest whose local APIC is the platform's.
+fn scenario_with_apics() -> VcpuResult<()> {
+    #[rustfmt::skip]
+    let program = [
+        0x67, 0x66, 0xc7, 0x05, 0xf0, 0, 0xe0, 0xfe, 0xff, 1, 0, 0, // mov dword [0xfee000f0], 0x1ff
+        0xe6, 0x10,                         // out 0x10, al
+        0xfb, 0xf4, 0xeb, 0xfd,             // sti; hlt; jmp back
+    ];
+    // The handler at 0000:2000: out 0x11, al; mov dword [0xfee000b0], 0; iret
+    let handler = [0xe6, 0x11, 0x67, 0x66, 0xc7, 0x05, 0xb0, 0, 0xe0, 0xfe, 0, 0, 0, 0, 0xcf];
+    let mut vm = AccelWhpx::with_api(&API)?;
+    let ram = GuestRegion::anonymous(0x1_0000)?;
+    ram.write(CODE, &program)?;
+    ram.write(0x2000, &handler)?;
+    ram.write(4 * 0x51, &[0, 0x20, 0, 0])?;
+    // Mapped before the controllers are there.
+    vm.map_memory(0, &ram, MemoryFlags::RAM)?;
+    vm.create_irqchip(IrqChip::Split)?;
+    let irq = vm.irq_handle()?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    let second = vm.create_vcpu(1)?;
+    let x86 = vcpu.as_x86().expect("an x86 backend");
+    let mut sregs = x86.get_sregs()?;
+    (sregs.cs.base, sregs.cs.selector, sregs.ds.limit, sregs.cr8) = (0, 0, u32::MAX, 1);
+    x86.set_sregs(&sregs)?;
+    let mut regs = GuestRegs { pc: CODE, flags: 2, ..GuestRegs::default() };
+    regs.gpr[4] = 0x8000;
+    vcpu.set_regs(&regs)?;
+    assert!(matches!(vcpu.run()?, VcpuExit::Io { port: 0x10, .. }));
+    // Level-triggered; below the task's priority of 1 is nothing but 0.
+    irq.signal_msi(MsiMessage { address: 0xfee0_0000, data: 0xc051, device_id: None })?;
+    let x86 = vcpu.as_x86().expect("an x86 backend");
+    let page = x86.get_lapic()?;
+    assert_eq!(page.reg(0x200 + 0x10 * (0x51 / 32)), Some(1 << (0x51 % 32)), "requested in the platform's APIC");
+    assert_eq!((page.reg(0x80), page.reg(0xf0)), (Some(0x10), Some(0x1ff)));
+    x86.set_lapic(&page)?;
+    let state = x86.get_mp_state()?;
+    x86.set_mp_state(state)?;
+    assert!(matches!(vcpu.run()?, VcpuExit::Io { port: 0x11, .. }));
+    assert_eq!(vcpu.run()?, VcpuExit::EndOfInterrupt { vector: 0x51 });
+    let kick = vcpu.kick_handle()?;
+    let exit = std::thread::scope(|scope| {
+        scope.spawn(move || kick.kick());
+        vcpu.run()
+    })?;
+    assert_eq!(exit, VcpuExit::Interrupt, "halted for ever");
+    drop((vcpu, second));
+    Ok(())
+}
+
 /// Whether an error says that it is this failure.
 fn tells(error: &AccelError, failure: &Failure) -> bool {
     let raw = |op: &str, code: &RawCode| op == failure.function && *code == RawCode::Hresult(failure.code);
@@ -149,15 +201,36 @@ fn unknown_reasons() {
     assert_eq!(vcpu.run().ok(), Some(out));
 }
 
+/// The platform's local APICs are the default where there are any; guests that have them cannot be debugged.
+fn whose_apics() {
+    for (api, in_software, is_debugged) in [(&API, false, false), (&API, true, true), (windows_1809(), false, true)] {
+        let mut vm = AccelWhpx::with_api(api).expect("a virtual machine");
+        if in_software {
+            vm.use_software_apics();
+        }
+        vm.create_irqchip(IrqChip::Split).expect("local APICs");
+        let mut vcpu = vm.create_vcpu(0).expect("a vCPU");
+        let debug = GuestDebug { single_step: true, ..GuestDebug::default() };
+        match vcpu.set_guest_debug(&debug) {
+            Ok(()) => assert!(is_debugged),
+            Err(AccelError::Unsupported { .. }) => assert!(!is_debugged),
+            other => panic!("{other:?}"),
+        }
+        // What the guest is given of a message that no APIC may take is nothing, wherever the APIC is.
+        let illegal = MsiMessage { address: 0xfee0_0000, data: 3, device_id: None };
+        vm.signal_msi(illegal).expect("nothing happens");
+    }
+}
+
 /// One test, because the plan of failures is the process's.
 #[test]
 fn every_failure_surfaces_as_itself() {
     assert_eq!(live_partitions(), 0);
-    scenario().expect("nothing fails");
-    assert_eq!(live_partitions(), 0);
     let (mut tried, mut leaked, mut silent) = (0, 0, Vec::new());
-    for function in SIMULATED {
-        for code in CODES {
+    for scenario in [scenario, scenario_with_apics] {
+        scenario().expect("nothing fails");
+        assert_eq!(live_partitions(), leaked);
+        for (function, code) in SIMULATED.iter().flat_map(|function| CODES.map(|code| (function, code))) {
             for after in 0..DEPTH {
                 let failure = Failure { function, after, code };
                 FAILURES.set(Some(failure));
@@ -185,6 +258,7 @@ fn every_failure_surfaces_as_itself() {
     println!("{tried} failures, {} of them survived", silent.len());
 
     unknown_reasons();
+    whose_apics();
 
     set_hypervisor_present(false);
     let error = AccelWhpx::probe_with(&API).expect_err("no hypervisor");

@@ -21,10 +21,12 @@ pub(super) struct Shared {
     pub(super) apics: RwLock<Vec<Arc<LocalApic>>>,
     pub(super) doorbells: RwLock<Vec<Doorbell>>,
     pub(super) start: Instant,
+    /// HLT leaves where the platform emulates no APIC.
+    pub(super) halt_leaves: bool,
 }
 
 impl Shared {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(halt_leaves: bool) -> Self {
         Self {
             extended_exits: AtomicU64::new(0),
             exception_bitmap: AtomicU64::new(0),
@@ -33,6 +35,7 @@ impl Shared {
             apics: RwLock::default(),
             doorbells: RwLock::default(),
             start: Instant::now(),
+            halt_leaves,
         }
     }
 

@@ -53,6 +53,15 @@ unsafe fn put<T>(out: *mut T, value: T) -> Answer {
     Ok(())
 }
 
+/// Simulates `WHvCreatePartition` of builds that do not leave for HLT.
+///
+/// # Safety
+/// As for the function of the platform.
+pub(super) unsafe extern "system" fn create_without_halt_exits(partition: *mut WHV_PARTITION_HANDLE) -> HRESULT {
+    // SAFETY: the caller's promise.
+    answer("WHvCreatePartition", || unsafe { put(partition, partition::create(false)) })
+}
+
 macro_rules! functions {
     (
         req { $(fn $req:ident($($req_arg:ident: $req_type:ty),* $(,)?) $req_body:block)* }
@@ -178,7 +187,7 @@ functions! {
             // SAFETY: the caller's promise.
             unsafe { put(partition, 0) }?;
             // SAFETY: as above.
-            unsafe { put(partition, partition::create()) }
+            unsafe { put(partition, partition::create(true)) }
         }
         fn WHvSetupPartition(partition: WHV_PARTITION_HANDLE) { find(partition)?.set_up() }
         fn WHvDeletePartition(partition: WHV_PARTITION_HANDLE) { partition::delete(partition) }

@@ -66,13 +66,13 @@ pub(super) fn live() -> usize {
     lock(&REGISTRY).len()
 }
 
-/// Creates a partition.
-pub(super) fn create() -> isize {
+/// Creates a partition. Without `halt_leaves` a processor that halts stays inside, whoever has the APICs.
+pub(super) fn create(halt_leaves: bool) -> isize {
     let handle = NEXT.fetch_add(STRIDE, Ordering::Relaxed);
     let partition = Partition {
         settings: Mutex::default(),
         memory: Memory::new(),
-        shared: Arc::new(Shared::new()),
+        shared: Arc::new(Shared::new(halt_leaves)),
         vps: Mutex::default(),
         cancels: AtomicU32::new(0),
         mischief: Mutex::new(mischief()),

@@ -197,7 +197,7 @@ impl Inner {
             Place::Deliverability => self.wanted.0,
             Place::InternalActivity => {
                 InternalActivity(0)
-                    .with_halt_suspend((self.has_apic && events.halted).into())
+                    .with_halt_suspend(events.halted.into())
                     .with_startup_suspend(self.startup_suspend.into())
                     .0
             }
@@ -241,6 +241,7 @@ impl Inner {
                 let activity = InternalActivity(low);
                 self.startup_suspend = activity.startup_suspend() != 0;
                 let halted = activity.halt_suspend() != 0;
+                self.held_event &= halted;
                 self.cpu.update(|st| st.events.halted = halted);
                 return Ok(());
             }
@@ -335,6 +336,7 @@ impl Inner {
                 _ => return refuse(),
             }
         }
+        self.held_event = self.has_apic && event.pending() != 0;
         self.cpu.update(|st| {
             (st.events.interrupt, st.events.exception) = (interrupt, fault);
             st.events.nmi = nmi;

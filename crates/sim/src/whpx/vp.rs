@@ -44,6 +44,8 @@ pub(super) struct Inner {
     /// An interrupt whose vector an 8259A gave, to be delivered when the processor can take it.
     pub(super) ext_int: Option<u8>,
     pub(super) startup_suspend: bool,
+    /// An event was put into delivery while the processor halted: it waits until somebody ends HLT.
+    pub(super) held_event: bool,
     /// RFLAGS was set to something that no processor has.
     pub(super) bad_rflags: bool,
     /// The page-directory pointers of PAE paging must be loaded before the next run.
@@ -108,6 +110,7 @@ impl Vp {
             ext_int: None,
             // Application processors of a platform that has the APICs wait for their start.
             startup_suspend: has_apic && index != 0,
+            held_event: false,
             bad_rflags: false,
             reload_pdptes: false,
             frozen: None,
@@ -202,6 +205,12 @@ impl Vp {
                 self.apic.wait(false, || inner.now(), || self.cancelled.load(Ordering::Acquire));
                 continue;
             }
+            if inner.held_event && inner.cpu.state().events.halted {
+                let takes = inner.cpu.state().rflags & rflags::IF != 0;
+                self.apic.wait(takes, || inner.now(), || self.cancelled.load(Ordering::Acquire));
+                inner.held_event = self.cancelled.load(Ordering::Acquire);
+                continue;
+            }
             if inner.notify(context) {
                 return Ok(());
             }
@@ -212,14 +221,14 @@ impl Vp {
             match exit {
                 Exit::Kicked | Exit::Budget => {}
                 // HLT leaves where there is no APIC to wake the processor, whatever else could be done then.
-                Exit::InterruptWindow if !inner.has_apic && inner.cpu.state().events.halted => {
+                Exit::InterruptWindow if inner.leaves_for_halt() && inner.cpu.state().events.halted => {
                     inner.describe(Exit::Halted, memory, context);
                     return Ok(());
                 }
                 // The window was for an interrupt that waits in here, or is noticed in `notify`.
                 Exit::InterruptWindow => {}
-                Exit::Halted if inner.has_apic => {
-                    let takes = inner.cpu.can_take_interrupt();
+                Exit::Halted if !inner.leaves_for_halt() => {
+                    let takes = inner.has_apic && inner.cpu.can_take_interrupt();
                     self.apic.wait(takes, || inner.now(), || self.cancelled.load(Ordering::Acquire));
                 }
                 other => {
@@ -235,6 +244,10 @@ impl Vp {
 impl Inner {
     pub(super) fn now(&self) -> Now {
         time(&self.cpu, self.shared.start)
+    }
+
+    fn leaves_for_halt(&self) -> bool {
+        !self.has_apic && self.shared.halt_leaves
     }
 
     /// How far the processor may run: one instruction where something that it does not watch itself may change with each.
@@ -323,6 +336,7 @@ impl Inner {
     pub(super) fn reset(&mut self) {
         self.cpu.update(|st| *st = CpuState::reset());
         (self.wanted, self.ext_int, self.bad_rflags) = (Deliverability::default(), None, false);
+        self.held_event = false;
     }
 
     /// What hardware refuses to enter with.

@@ -42,6 +42,21 @@ pub(crate) const PLATFORMS: &[Platform] = &[
     },
     Platform {
         backend: Backend {
+            name: "sim-whpx-no-hlt-exits",
+            probe: || AccelWhpx::probe_with(whpx::without_halt_exits()),
+            create: || {
+                let mut whpx = AccelWhpx::with_api(whpx::without_halt_exits())?;
+                whpx.use_software_apics();
+                Ok(Box::new(whpx))
+            },
+            moves_threads: true,
+            native: false,
+            serial: false,
+        },
+        set_hostile: whpx::set_hostile,
+    },
+    Platform {
+        backend: Backend {
             name: "sim-hvf-x86",
             probe: || AccelHvf::probe_with(&hvf_x86::API),
             create: || Ok(Box::new(AccelHvf::with_api(&hvf_x86::API)?)),

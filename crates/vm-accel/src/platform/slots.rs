@@ -202,6 +202,15 @@ impl<M: Mapper> Slots<M> {
         }
     }
 
+    /// Calls `each` for every mapping until one fails.
+    #[allow(dead_code, reason = "hosts without WHPX have no platform that begins anew")]
+    pub(crate) fn try_each(
+        &self,
+        mut each: impl FnMut(u64, &GuestRegion, MemoryFlags) -> VcpuResult<()>,
+    ) -> VcpuResult<()> {
+        self.lock().iter().try_for_each(|(gpa, slot)| each(*gpa, &slot.region, slot.flags))
+    }
+
     /// The mapping that holds an address: region, offset in it, what the guest may do.
     pub(crate) fn find(&self, gpa: u64) -> Option<(GuestRegion, u64, MemoryFlags)> {
         let map = self.lock();

@@ -23,13 +23,22 @@ use vm_accel_softcpu::{Config, Cpu, CpuidEntry, NoBus, Ram, RamError, TscMode};
 /// Pages of the software CPU, whatever the host's are.
 pub(crate) const PAGE: u64 = 4096;
 
+/// Whose local APICs a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Apics {
+    #[default]
+    None,
+    Ours,
+    Platforms,
+}
+
 /// What a machine and its vCPUs share.
 #[derive(Debug)]
 pub(crate) struct Shared<P: Platform> {
     pub(crate) ram: Arc<Ram>,
     pub(crate) slots: Slots<Memory<P>>,
     pub(super) fabric: Arc<Fabric>,
-    irqchip: Mutex<IrqChip>,
+    apics: Mutex<Apics>,
     ids: Mutex<HashSet<u32>>,
     pub(super) config: Config,
     pub(super) features: Features,
@@ -93,8 +102,9 @@ fn unmapped(why: RamError) -> AccelError {
 }
 
 impl<P: Platform> Shared<P> {
+    /// The machine has local APICs, and they are ours.
     pub(super) fn has_local_apics(&self) -> bool {
-        *lock(&self.irqchip) != IrqChip::None
+        *lock(&self.apics) == Apics::Ours
     }
 
     pub(crate) fn platform(&self) -> &P {
@@ -125,7 +135,11 @@ impl<P: Platform> IrqSink for Shared<P> {
     }
 
     fn signal_msi(&self, msi: MsiMessage) -> VcpuResult<()> {
-        self.fabric.deliver(&Message::from_msi(msi.address, msi.data));
+        let message = Message::from_msi(msi.address, msi.data);
+        if *lock(&self.apics) == Apics::Platforms {
+            return self.platform().deliver(&message);
+        }
+        self.fabric.deliver(&message);
         Ok(())
     }
 }
@@ -171,7 +185,7 @@ impl<P: Platform> Machine<P> {
             slots: Slots::new(Memory { ram: Arc::clone(&ram), platform }, rules),
             ram,
             fabric: Arc::default(),
-            irqchip: Mutex::default(),
+            apics: Mutex::default(),
             ids: Mutex::default(),
             config: Config { start: Instant::now(), tsc: tsc_hz.map_or(default.tsc, TscMode::Host) },
             features: Features {
@@ -240,11 +254,13 @@ impl<P: Platform> Accel for Machine<P> {
         if !lock(&self.0.ids).is_empty() {
             return Err(AccelError::invalid("interrupt controller", "vCPUs exist already"));
         }
-        let mut current = lock(&self.0.irqchip);
+        let mut current = lock(&self.0.apics);
         match (chip, *current) {
             (IrqChip::None, _) => {}
             (IrqChip::Kernel, _) => return Err(self.unsupported("an interrupt controller in the platform")),
-            (IrqChip::Split, IrqChip::None) => *current = chip,
+            (IrqChip::Split, Apics::None) => {
+                *current = if P::use_apics(&self.0)? { Apics::Platforms } else { Apics::Ours };
+            }
             (IrqChip::Split, _) => {
                 return Err(AccelError::invalid("interrupt controller", "there is one already"));
             }
@@ -253,7 +269,7 @@ impl<P: Platform> Accel for Machine<P> {
     }
 
     fn irq_handle(&self) -> VcpuResult<IrqHandle> {
-        if !self.0.has_local_apics() {
+        if *lock(&self.0.apics) == Apics::None {
             return Err(self.unsupported("raising interrupts without an interrupt controller"));
         }
         Ok(IrqHandle::new(Arc::clone(&self.0) as Arc<dyn IrqSink>))

@@ -20,8 +20,11 @@ pub(super) use state::{XSAVE_SIZE, exception};
 use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::VcpuResult;
 use crate::memory::GuestRegion;
+use crate::regs::x86_64::MpState;
 use crate::vcpu_common::{GuestDebug, VcpuExit};
 use std::sync::Arc;
+use std::time::Duration;
+use vm_accel_softcpu::apic::Message;
 use vm_accel_softcpu::{Cpu, CpuState, Exit, Ram};
 
 bitflags::bitflags! {
@@ -106,6 +109,27 @@ pub(crate) enum Left {
     Other(VcpuExit),
 }
 
+/// The platform's local APIC of a virtual CPU, in a machine that has the platform's.
+pub(crate) trait PlatformApic {
+    /// The page of its registers.
+    fn page(&self) -> VcpuResult<[u8; 1024]>;
+
+    /// Sets its registers.
+    fn set_page(&self, page: &[u8; 1024]) -> VcpuResult<()>;
+
+    /// IA32_APIC_BASE and CR8.
+    fn control(&self) -> VcpuResult<(u64, u8)>;
+
+    /// Sets IA32_APIC_BASE and CR8.
+    fn set_control(&self, base: u64, cr8: u8) -> VcpuResult<()>;
+
+    /// Whether the CPU runs, halted, or waits to be started.
+    fn mp_state(&self) -> VcpuResult<MpState>;
+
+    /// Sets that. Halted and running do not differ from each other while something else keeps the CPU from running.
+    fn set_mp_state(&self, state: MpState) -> VcpuResult<()>;
+}
+
 /// One virtual CPU of a platform.
 ///
 /// Who saves what when: after [`enter`](Engine::enter) everything is the platform's. [`load`](Engine::load) is called for groups
@@ -138,6 +162,17 @@ pub(crate) trait Engine: Send {
 
     /// The task priority class as the guest left it in CR8, where the guest changes it without an exit.
     fn cr8(&self) -> Option<u8> {
+        None
+    }
+
+    /// The platform's local APIC, which then is the guest's: it waits in HLT and for its start, and `order` is about windows
+    /// alone.
+    fn apic(&self) -> Option<&dyn PlatformApic> {
+        None
+    }
+
+    /// The platform may keep a halted CPU without a word: it is to be cancelled after this time, and then tells.
+    fn look_for_halt(&self) -> Option<Duration> {
         None
     }
 
@@ -181,6 +216,19 @@ pub(crate) trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
 
     /// Creates a vCPU. The id is free and in range.
     fn engine(shared: &Arc<Shared<Self>>, id: u32) -> VcpuResult<Self::Engine>;
+
+    /// Gives the machine the platform's local APICs; false if it has none, then the machine's are ours. Memory may be mapped,
+    /// vCPUs there are none. After an error nothing has changed.
+    fn use_apics(shared: &Shared<Self>) -> VcpuResult<bool> {
+        let _ = shared;
+        Ok(false)
+    }
+
+    /// Delivers a message to the platform's local APICs.
+    fn deliver(&self, message: &Message) -> VcpuResult<()> {
+        let _ = message;
+        Err(crate::error::AccelError::Unsupported { kind: Some(Self::KIND), what: "interrupts of the platform" })
+    }
 
     /// Maps memory; the emulator has it already.
     fn map(&self, ram: &Arc<Ram>, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<Self::Hold>;

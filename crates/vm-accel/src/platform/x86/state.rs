@@ -174,7 +174,13 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
     fn get_sregs(&self) -> VcpuResult<X86Sregs> {
         self.load(Groups::SYSTEM)?;
         let mut cpu = self.cpu.borrow_mut();
-        let cr8 = cpu.bus_mut().cr8();
+        let (apic_base, cr8) = match self.engine.apic() {
+            Some(apic) => apic.control()?,
+            None => {
+                let cr8 = cpu.bus_mut().cr8();
+                (lock(&self.apic.apic).base(), cr8)
+            }
+        };
         let state = cpu.state();
         let mut sregs = X86Sregs {
             tr: (&state.tr).into(),
@@ -187,7 +193,7 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
             cr4: state.cr4,
             cr8: cr8.into(),
             efer: state.msr.efer,
-            apic_base: lock(&self.apic.apic).base(),
+            apic_base,
             ..X86Sregs::default()
         };
         each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; get!(sregs, state));
@@ -207,6 +213,9 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
             lock(&self.apic.apic).restore_base(sregs.apic_base).map_err(|_| refused::<P>("setting the APIC base"))?;
         }
         let pdpte = self.page_directory_pointers(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)?;
+        if let Some(apic) = self.engine.apic() {
+            apic.set_control(sregs.apic_base, sregs.cr8 as u8 & 15)?;
+        }
         self.cpu.get_mut().bus_mut().set_cr8(sregs.cr8 as u8 & 15);
         self.change(Groups::SYSTEM, |state| {
             each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; set!(sregs, state));
@@ -398,12 +407,18 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
     }
 
     fn get_lapic(&self) -> VcpuResult<LapicState> {
+        if let Some(apic) = self.engine.apic() {
+            return Ok(LapicState { regs: apic.page()? });
+        }
         self.need_apic()?;
         let now = self.now();
         Ok(LapicState { regs: lock(&self.apic.apic).page(now) })
     }
 
     fn set_lapic(&mut self, lapic: &LapicState) -> VcpuResult<()> {
+        if let Some(apic) = self.engine.apic() {
+            return apic.set_page(&lapic.regs);
+        }
         self.need_apic()?;
         let now = self.now();
         lock(&self.apic.apic).set_page(&lapic.regs, now);
@@ -411,6 +426,9 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
     }
 
     fn get_mp_state(&self) -> VcpuResult<MpState> {
+        if let Some(apic) = self.engine.apic() {
+            return apic.mp_state();
+        }
         Ok(match self.mp_state {
             MpState::Runnable if self.cpu.borrow().state().events.halted => MpState::Halted,
             other => other,
@@ -424,6 +442,9 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
             MpState::Uninitialized | MpState::InitReceived => (state, false),
             MpState::SipiReceived => return Err(self.unsupported("an MP state between start-up and running")),
         };
+        if let Some(apic) = self.engine.apic() {
+            return apic.set_mp_state(state);
+        }
         self.mp_state = ours;
         self.change(Groups::empty(), |state| {
             state.events.halted = halted;

@@ -304,10 +304,14 @@ impl<P: Platform> SoftVcpu<P> {
         let Some(gate) = self.gate.clone() else {
             return Ok(Left::Again);
         };
-        let deadline = self.has_apic.then(|| lock(&self.apic.apic).next_deadline()).flatten();
-        let now = self.now();
-        let hz = self.cpu.get_mut().tsc_frequency();
-        if !gate.enter(deadline.map(|deadline| Instant::now() + until(deadline, now, hz))) {
+        let wait = if self.has_apic {
+            let deadline = lock(&self.apic.apic).next_deadline();
+            deadline.map(|deadline| until(deadline, self.now(), self.cpu.borrow().tsc_frequency()))
+        } else {
+            // Without an APIC it is the VMM that waits for a halted CPU.
+            self.engine.look_for_halt()
+        };
+        if !gate.enter(wait.map(|wait| Instant::now() + wait)) {
             return Ok(Left::Again);
         }
         let left = self.store().and_then(|()| {
@@ -421,6 +425,12 @@ impl<P: Platform> SoftVcpu<P> {
             Exit::InterruptWindow => {
                 self.window = false;
                 VcpuExit::InterruptWindow
+            }
+            Exit::Halted if self.engine.apic().is_some() => {
+                // The platform waits, whoever executed HLT.
+                self.cpu.get_mut().update(|state| state.events.halted = false);
+                self.set_mp_state(MpState::Halted)?;
+                return Ok(None);
             }
             Exit::Halted if !self.has_apic => {
                 // The VMM decides when the guest goes on: at its next run.
@@ -616,6 +626,9 @@ impl<P: Platform> VcpuOps for SoftVcpu<P> {
     }
 
     fn set_guest_debug(&mut self, debug: &GuestDebug) -> VcpuResult<()> {
+        if P::Engine::DEBUGS_ON_EMULATOR && self.engine.apic().is_some() && *debug != GuestDebug::default() {
+            return Err(self.unsupported("guest debugging with the platform's local APICs"));
+        }
         let (dr, dr7) = debug_registers(&debug.hardware)?;
         self.engine.set_guest_debug(debug)?;
         self.cpu.get_mut().set_guest_debug(vm_accel_softcpu::GuestDebug {

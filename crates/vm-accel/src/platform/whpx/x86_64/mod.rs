@@ -1,7 +1,11 @@
 //! The Windows Hypervisor Platform on x86-64.
 //!
-//! The platform hands every access over unfinished: our emulator finishes it (see the shared x86 layer). Its own
-//! local APIC is not used: the shared layer's is, so `IrqChip::Split` is the same everywhere.
+//! The platform hands every access over unfinished: our emulator finishes it (see the shared x86 layer).
+//!
+//! The local APICs of `IrqChip::Split` are the platform's where it has them and can save them (Windows 10 2004): an end of
+//! interrupt, a timer or a message between processors is no exit then. [`AccelWhpx::use_software_apics`] chooses ours, which
+//! older ones have anyway. Which it is has to be said before a partition is set up, and `create_irqchip` comes later: the
+//! partition is made anew then, with the mappings of the one before.
 //!
 //! Needs Windows 10 1809. Never run on hardware by this project so far; the simulator holds it to the documentation.
 
@@ -15,18 +19,21 @@ use crate::accel::{AccelKind, Capabilities, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::memory::GuestRegion;
 use crate::platform::fallback;
+use crate::platform::soft_apic::lock;
 use crate::platform::whpx::partition::{is_off, map_flags, unavailable};
 use crate::platform::x86::machine::impl_accel;
 use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
 use partition::{Partition, capability};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use vcpu::Processor;
 use vm_accel_softcpu::Ram;
+use vm_accel_softcpu::apic::{DeliveryMode, Destination, Message};
 use vm_accel_sys::whpx::LIBRARY;
 use vm_accel_sys::whpx::x86_64::defs::*;
 use vm_accel_sys::whpx::x86_64::features::{CPUID_BITS, LATER_CPUID_BITS};
-use vm_accel_sys::whpx::x86_64::fields::{ExtendedVmExits, Features, MsrExitBitmap};
-use vm_accel_sys::whpx::x86_64::{CAPABILITY_PHYSICAL_ADDRESS_WIDTH, WhpApi};
+use vm_accel_sys::whpx::x86_64::fields::{ExtendedVmExits, Features, InterruptKind, MsrExitBitmap};
+use vm_accel_sys::whpx::x86_64::{CAPABILITY_PHYSICAL_ADDRESS_WIDTH, InterruptControl, WhpApi};
 
 /// Leaves of CPUID that the emulator answers: all that it could have, and the platform's own, which are hidden.
 const LEAVES: [std::ops::RangeInclusive<u32>; 3] = [0..=0x20, 0x4000_0000..=0x4000_0010, 0x8000_0000..=0x8000_0020];
@@ -48,6 +55,8 @@ struct Offer {
     /// `WHV_PROCESSOR_FEATURES`.
     features: u64,
     tsc_hz: u64,
+    /// It has local APICs whose state can be moved.
+    apics: bool,
 }
 
 impl Offer {
@@ -89,7 +98,33 @@ impl Offer {
             msr_exits,
             features: capability(api, WHvCapabilityCodeProcessorFeatures)?.unwrap_or(0),
             tsc_hz,
+            apics: features.local_apic_emulation() != 0
+                && api.WHvRequestInterrupt.is_some()
+                && api.WHvGetVirtualProcessorInterruptControllerState2.is_some()
+                && api.WHvSetVirtualProcessorInterruptControllerState2.is_some(),
         })
+    }
+
+    /// A partition that is set up.
+    fn partition(&self, api: &'static WhpApi, with_apics: bool) -> VcpuResult<Arc<Partition>> {
+        let partition = Partition::new(api)?;
+        partition.set_property(WHvPartitionPropertyCodeProcessorCount, &[self.caps.max_vcpus])?;
+        let exits = ExtendedVmExits(0).with_x64_cpuid_exit(1).with_x64_msr_exit(1);
+        let exits = exits.with_hypercall_exit(self.exits.hypercall_exit());
+        partition.set_property(WHvPartitionPropertyCodeExtendedVmExits, &[exits.0])?;
+        if let Some(available) = self.msr_exits {
+            let wanted = MsrExitBitmap(0).with_unhandled_msrs(1).with_apic_base_msr_write((!with_apics).into()).0;
+            partition.set_property(WHvPartitionPropertyCodeX64MsrExitBitmap, &[wanted & available])?;
+        }
+        let leaves: Vec<u32> = LEAVES.into_iter().flatten().collect();
+        partition.set_property(WHvPartitionPropertyCodeCpuidExitList, &leaves)?;
+        if with_apics {
+            // Not x2APIC: CPUID does not show it, and the state is the xAPIC's.
+            let mode = WHvX64LocalApicEmulationModeXApic;
+            partition.set_property(WHvPartitionPropertyCodeLocalApicEmulationMode, &[mode])?;
+        }
+        partition.set_up()?;
+        Ok(Arc::new(partition))
     }
 
     /// The bits of CPUID that guests are not shown: what the platform lacks; the TSC-deadline timer and TSC_ADJUST, whose
@@ -114,21 +149,19 @@ impl AccelWhpx {
     /// Creates a virtual machine on the platform of a table: the system's, or a simulator's.
     fn from_table(api: &'static WhpApi) -> VcpuResult<Self> {
         let offer = Offer::of(api)?;
-        let partition = Partition::new(api)?;
-        partition.set_property(WHvPartitionPropertyCodeProcessorCount, &[offer.caps.max_vcpus])?;
-        let exits = ExtendedVmExits(0).with_x64_cpuid_exit(1).with_x64_msr_exit(1);
-        let exits = exits.with_hypercall_exit(offer.exits.hypercall_exit());
-        partition.set_property(WHvPartitionPropertyCodeExtendedVmExits, &[exits.0])?;
-        if let Some(available) = offer.msr_exits {
-            let wanted = MsrExitBitmap(0).with_unhandled_msrs(1).with_apic_base_msr_write(1).0;
-            partition.set_property(WHvPartitionPropertyCodeX64MsrExitBitmap, &[wanted & available])?;
-        }
-        let leaves: Vec<u32> = LEAVES.into_iter().flatten().collect();
-        partition.set_property(WHvPartitionPropertyCodeCpuidExitList, &leaves)?;
-        partition.set_up()?;
+        let partition = Mutex::new((offer.partition(api, false)?, false));
         let cpuid = reduced_cpuid(offer.tsc_hz, &offer.hidden());
-        let platform = Whpx { partition: Arc::new(partition) };
-        Ok(Self { machine: Machine::new(platform, offer.caps, Some(cpuid), Some(offer.tsc_hz)) })
+        let (caps, tsc_hz, wants_apics) = (offer.caps.clone(), offer.tsc_hz, offer.apics.into());
+        let platform = Whpx { offer, partition, wants_apics };
+        Ok(Self { machine: Machine::new(platform, caps, Some(cpuid), Some(tsc_hz)) })
+    }
+
+    /// From now on [`create_irqchip`](crate::Accel::create_irqchip) gives the machine local APICs of this library, as on the
+    /// other platforms, where it would give it the platform's. They are slower, and guests that have them can be debugged
+    /// ([`set_guest_debug`](crate::VcpuOps::set_guest_debug)).
+    pub fn use_software_apics(&mut self) {
+        // Relaxed: the exclusive reference orders it before the call.
+        self.machine.0.platform().wants_apics.store(false, Ordering::Relaxed);
     }
 
     /// Creates a virtual machine on a simulated platform.
@@ -153,7 +186,45 @@ impl AccelWhpx {
 /// The platform's part of a machine.
 #[derive(Debug)]
 struct Whpx {
-    partition: Arc<Partition>,
+    offer: Offer,
+    /// The partition, and whether it has local APICs. Another one only as long as there are no vCPUs.
+    partition: Mutex<(Arc<Partition>, bool)>,
+    /// The machine's local APICs are to be the platform's.
+    wants_apics: AtomicBool,
+}
+
+impl Whpx {
+    fn partition(&self) -> Arc<Partition> {
+        Arc::clone(&lock(&self.partition).0)
+    }
+}
+
+/// Maps memory into a partition.
+fn map(partition: &Partition, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+    if flags.contains(MemoryFlags::LOG_DIRTY) && partition.api.WHvQueryGpaRangeDirtyBitmap.is_none() {
+        return Err(AccelError::Unsupported { kind: Some(AccelKind::Whpx), what: "a dirty log" });
+    }
+    partition.map(region.as_ptr(), gpa, region.size(), map_flags(flags))
+}
+
+/// A message as the platform takes it; `None` for those that no local APIC acts on.
+fn interrupt_control(message: &Message) -> Option<InterruptControl> {
+    let has_vector = matches!(message.mode, DeliveryMode::Fixed | DeliveryMode::LowestPriority);
+    let is_known = has_vector || matches!(message.mode, DeliveryMode::Nmi | DeliveryMode::Init | DeliveryMode::StartUp);
+    // Vectors below 16 are illegal (Intel SDM vol. 3, 11.5.2): a guest that programs one into a device hears nothing.
+    if !is_known || has_vector && message.vector < 16 {
+        return None;
+    }
+    let (logical, id) = match message.destination {
+        Destination::Physical(id) => (WHvX64InterruptDestinationModePhysical, id),
+        Destination::Logical(id) => (WHvX64InterruptDestinationModeLogical, id),
+    };
+    // The types have the numbers of the delivery modes.
+    let kind = InterruptKind(message.mode.bits().into())
+        .with_destination_mode(logical as u64)
+        .with_trigger_mode(message.level.into());
+    // xAPICs have eight bits.
+    Some(InterruptControl { kind, destination: id & 0xff, vector: message.vector.into() })
 }
 
 impl Platform for Whpx {
@@ -162,28 +233,40 @@ impl Platform for Whpx {
     type Hold = ();
 
     fn engine(shared: &Arc<Shared<Self>>, id: u32) -> VcpuResult<Processor> {
-        Processor::new(&shared.platform().partition, id)
+        Processor::new(shared, id)
+    }
+
+    fn use_apics(shared: &Shared<Self>) -> VcpuResult<bool> {
+        let platform = shared.platform();
+        if !platform.wants_apics.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let partition = platform.offer.partition(platform.partition().api, true)?;
+        shared.slots.try_each(|gpa, region, flags| map(&partition, gpa, region, flags))?;
+        *lock(&platform.partition) = (partition, true);
+        Ok(true)
+    }
+
+    fn deliver(&self, message: &Message) -> VcpuResult<()> {
+        interrupt_control(message).map_or(Ok(()), |control| self.partition().request_interrupt(&control))
     }
 
     fn map(&self, _: &Arc<Ram>, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
-        if flags.contains(MemoryFlags::LOG_DIRTY) && self.partition.api.WHvQueryGpaRangeDirtyBitmap.is_none() {
-            return Err(AccelError::Unsupported { kind: Some(AccelKind::Whpx), what: "a dirty log" });
-        }
-        self.partition.map(region.as_ptr(), gpa, region.size(), map_flags(flags))
+        map(&self.partition(), gpa, region, flags)
     }
 
     fn unmap(&self, gpa: u64, size: u64) -> VcpuResult<()> {
-        self.partition.unmap(gpa, size)
+        self.partition().unmap(gpa, size)
     }
 
     fn log_dirty(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         // A mapping replaces the one before.
-        Platform::map(self, &Ram::new(), gpa, region, flags)
+        map(&self.partition(), gpa, region, flags)
     }
 
     fn take_dirty(&self, gpa: u64, size: u64, words: &mut [u64]) -> VcpuResult<()> {
         let mut dirty = vec![0; words.len()];
-        self.partition.take_dirty(gpa, size, &mut dirty)?;
+        self.partition().take_dirty(gpa, size, &mut dirty)?;
         words.iter_mut().zip(dirty).for_each(|(all, new)| *all |= new);
         Ok(())
     }
@@ -194,6 +277,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_message_is_what_the_platform_calls_it() {
+        // To the logical destination 2: lowest priority, level-triggered, vector 0x51.
+        let control = interrupt_control(&Message::from_msi(0xfee0_2004, 0xc151)).unwrap();
+        assert_eq!((control.kind.0, control.destination, control.vector), (0x1101, 2, 0x51));
+        let broadcast = interrupt_control(&Message::from_msi(0xfeef_f000, 0x400)).unwrap();
+        assert_eq!((broadcast.kind.0, broadcast.destination), (WHvX64InterruptTypeNmi as u64, 0xff));
+        for nothing in [0x0f, 0x10f, 0x220, 0x720] {
+            assert_eq!(interrupt_control(&Message::from_msi(0xfee0_0000, nothing)), None, "{nothing:#x}");
+        }
+    }
+
+    #[test]
     fn what_the_host_lacks_is_hidden() {
         let offer = Offer {
             caps: fallback::capabilities(),
@@ -201,6 +296,7 @@ mod tests {
             msr_exits: None,
             features: !(1 << 41),
             tsc_hz: 1,
+            apics: false,
         };
         let hidden = offer.hidden();
         assert!(hidden.contains(&(7, 1, 29)), "SHA");

@@ -2,27 +2,36 @@
 //!
 //! The platform never completes an access: RIP stands at the instruction, which the emulator executes. After HLT alone RIP is
 //! behind it already (inferred from openvmm, QEMU, crosvm and hyperlight, which never touch it).
+//!
+//! Later builds keep a halted processor inside instead, whose APIC nobody emulates (as QEMU's developers found): only its
+//! internal activity tells. So whoever comes back by a cancellation is looked at, until an exit for HLT was seen.
 
+use super::Whpx;
 use super::partition::Partition;
 use super::registers::{ROWS, Row};
-use crate::accel::AccelKind;
+use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, VcpuResult};
+use crate::platform::soft_apic::lock;
 use crate::platform::whpx::partition::is_code;
-use crate::platform::x86::{Engine, Groups, Left, Order};
-use crate::regs::x86_64::{FXSAVE_SIZE, X86FpuRegs};
+use crate::platform::x86::{Engine, Groups, Left, Order, PlatformApic, Shared};
+use crate::regs::x86_64::{FXSAVE_SIZE, MpState, X86FpuRegs};
 use crate::vcpu_common::VcpuExit;
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Duration;
 use vm_accel_softcpu::{Cpu, CpuState, Exception, Exit};
 use vm_accel_sys::whpx::code::WHV_E_INVALID_VP_REGISTER_NAME;
 use vm_accel_sys::whpx::x86_64::defs::*;
-use vm_accel_sys::whpx::x86_64::fields::{Deliverability, MemoryAccessInfo};
+use vm_accel_sys::whpx::x86_64::fields::{Deliverability, InternalActivity, MemoryAccessInfo};
 use vm_accel_sys::whpx::x86_64::{ExitContext, RegisterValue};
 
 /// Where an XSAVE area has XCOMP_BV (Intel SDM vol. 1, 13.4.2).
 const XCOMP_BV: usize = FXSAVE_SIZE + 8;
 
-/// Registers that each entry sets if they differ.
+/// How long a halted processor may stay inside where the VMM waits to hear of it.
+const LOOK_FOR_HALT: Duration = Duration::from_millis(20);
+
+/// Registers that each entry sets if they differ; with the platform's APIC only the last.
 const EXTRAS: [WHV_REGISTER_NAME; 3] =
     [WHvX64RegisterCr8, WHvX64RegisterApicBase, WHvX64RegisterDeliverabilityNotifications];
 const CR8: usize = 0;
@@ -30,8 +39,13 @@ const NOTIFICATIONS: usize = 2;
 
 /// One virtual processor.
 pub(super) struct Processor {
+    shared: Arc<Shared<Whpx>>,
     partition: Arc<Partition>,
     vp: u32,
+    /// The platform emulates its local APIC.
+    has_apic: bool,
+    /// HLT was seen to leave.
+    halt_leaves: bool,
     /// The registers that this version of the platform has.
     rows: Vec<&'static Row>,
     /// What the platform has in [`EXTRAS`], as far as it is known.
@@ -44,11 +58,15 @@ pub(super) struct Processor {
 }
 
 impl Processor {
-    pub(super) fn new(partition: &Arc<Partition>, vp: u32) -> VcpuResult<Self> {
+    pub(super) fn new(shared: &Arc<Shared<Whpx>>, vp: u32) -> VcpuResult<Self> {
+        let (partition, has_apic) = lock(&shared.platform().partition).clone();
         partition.create_vp(vp)?;
         let mut new = Self {
-            partition: Arc::clone(partition),
+            shared: Arc::clone(shared),
+            partition,
             vp,
+            has_apic,
+            halt_leaves: false,
             rows: ROWS.iter().collect(),
             extras: [None; EXTRAS.len()],
             xsave: RefCell::default(),
@@ -59,7 +77,8 @@ impl Processor {
         match new.read(Groups::MSR, &mut scratch) {
             Err(why) if is_code(&why, WHV_E_INVALID_VP_REGISTER_NAME) => {
                 // Each release has more of them; which ones this one has only trying tells.
-                new.rows.retain(|row| row.group != Groups::MSR || partition.get(vp, &[row.name]).is_ok());
+                let has = |row: &Row| row.group != Groups::MSR || new.partition.get(vp, &[row.name]).is_ok();
+                new.rows = ROWS.iter().filter(|row| has(row)).collect();
             }
             other => other?,
         }
@@ -86,7 +105,9 @@ impl Processor {
             .with_interrupt_priority(order.window.unwrap_or(0).into());
         let wanted = [order.cr8.into(), order.apic_base, notifications.0];
         let (mut names, mut values) = (Vec::new(), Vec::new());
-        for (n, value) in wanted.into_iter().enumerate().filter(|(n, value)| Some(*value) != self.extras[*n]) {
+        let first = if self.has_apic { NOTIFICATIONS } else { CR8 };
+        let differs = |(n, value): &(usize, u64)| Some(*value) != self.extras[*n];
+        for (n, value) in wanted.into_iter().enumerate().skip(first).filter(differs) {
             names.push(EXTRAS[n]);
             values.push(RegisterValue::from_u64(value));
         }
@@ -94,16 +115,86 @@ impl Processor {
         self.extras = wanted.map(Some);
         Ok(())
     }
+
+    fn activity(&self) -> VcpuResult<InternalActivity> {
+        let values = self.partition.get(self.vp, &[WHvRegisterInternalActivityState])?;
+        Ok(InternalActivity(values.first().map_or(0, |value| value.low)))
+    }
+
+    fn set_activity(&self, activity: InternalActivity) -> VcpuResult<()> {
+        let value = RegisterValue::from_u64(activity.0);
+        self.partition.set(self.vp, &[WHvRegisterInternalActivityState], &[value])
+    }
+
+    /// Ends HLT; false if the processor is not in it.
+    fn leave_halt(&self) -> VcpuResult<bool> {
+        let activity = self.activity()?;
+        if activity.halt_suspend() == 0 {
+            return Ok(false);
+        }
+        self.set_activity(activity.with_halt_suspend(0))?;
+        Ok(true)
+    }
+
+    /// What a cancellation met.
+    fn canceled(&self) -> VcpuResult<Left> {
+        if self.has_apic || self.halt_leaves || self.activity()?.halt_suspend() == 0 {
+            return Ok(Left::Again);
+        }
+        // That it may not be written without an APIC does no harm: an event in delivery ends HLT.
+        let _ = self.leave_halt();
+        Ok(Left::Exit(Exit::Halted))
+    }
+
+    /// What to do about a fault. Memory that is mapped may just not have been there yet (openvmm, `handle_memory_access`): the
+    /// platform tries again. A write may be one to read-only memory as well; nobody tells what else the instruction does.
+    /// With the platform's APIC the emulator has none, so it gets no instruction that the platform can finish itself.
+    fn memory_access(&self, info: MemoryAccessInfo, gpa: u64, event_pending: bool) -> Left {
+        let is_write = info.access_type() == WHvMemoryAccessWrite as u32;
+        let is_ram = || self.shared.slots.find(gpa).is_some_and(|(.., flags)| flags.contains(MemoryFlags::WRITE));
+        match info.gpa_unmapped() != 0 {
+            true => Left::Emulate(Groups::FPU | Groups::DEBUG),
+            false if !is_write || event_pending || self.has_apic && is_ram() => Left::Again,
+            false => Left::Emulate(Groups::FPU | Groups::DEBUG | Groups::MSR),
+        }
+    }
 }
 
-/// What to do about a fault. Memory that is mapped may just not have been there yet (openvmm, `handle_memory_access`): the
-/// platform tries again. A write may be one to read-only memory as well; nobody tells what else the instruction does.
-fn memory_access(info: MemoryAccessInfo, event_pending: bool) -> Left {
-    let is_write = info.access_type() == WHvMemoryAccessWrite as u32;
-    match info.gpa_unmapped() != 0 {
-        true => Left::Emulate(Groups::FPU | Groups::DEBUG),
-        false if is_write && !event_pending => Left::Emulate(Groups::FPU | Groups::DEBUG | Groups::MSR),
-        false => Left::Again,
+impl PlatformApic for Processor {
+    fn page(&self) -> VcpuResult<[u8; 1024]> {
+        self.partition.apic_page(self.vp)
+    }
+
+    fn set_page(&self, page: &[u8; 1024]) -> VcpuResult<()> {
+        self.partition.set_apic_page(self.vp, page)
+    }
+
+    fn control(&self) -> VcpuResult<(u64, u8)> {
+        let values = self.partition.get(self.vp, &[WHvX64RegisterApicBase, WHvX64RegisterCr8])?;
+        Ok((values[0].low, values[1].low as u8))
+    }
+
+    fn set_control(&self, base: u64, cr8: u8) -> VcpuResult<()> {
+        if self.control()? == (base, cr8) {
+            return Ok(());
+        }
+        let values = [base, cr8.into()].map(RegisterValue::from_u64);
+        self.partition.set(self.vp, &[WHvX64RegisterApicBase, WHvX64RegisterCr8], &values)
+    }
+
+    fn mp_state(&self) -> VcpuResult<MpState> {
+        let activity = self.activity()?;
+        Ok(match (activity.startup_suspend(), activity.halt_suspend()) {
+            (0, 0) => MpState::Runnable,
+            (0, _) => MpState::Halted,
+            _ => MpState::Uninitialized,
+        })
+    }
+
+    fn set_mp_state(&self, state: MpState) -> VcpuResult<()> {
+        let waits = matches!(state, MpState::Uninitialized | MpState::InitReceived);
+        let halted = (state == MpState::Halted).into();
+        self.set_activity(InternalActivity(0).with_startup_suspend(waits.into()).with_halt_suspend(halted))
     }
 }
 
@@ -152,6 +243,10 @@ impl Engine for Processor {
             }
         }
         self.partition.set(self.vp, &names, &values)?;
+        if self.has_apic && names.contains(&WHvRegisterPendingInterruption) {
+            // Otherwise the hypervisor waits with it for what ends HLT by itself (openvmm, `inject_extint`).
+            self.leave_halt()?;
+        }
         if groups.contains(Groups::FPU) && new.fxsave() != old.fxsave() {
             let area = with_fpu(&self.xsave.borrow(), &new.fxsave())?;
             self.partition.set_xsave(self.vp, &area)?;
@@ -170,20 +265,29 @@ impl Engine for Processor {
         Ok(match context.reason() {
             WHvRunVpExitReasonMemoryAccess => {
                 let is_pending = context.execution_state().interruption_pending() != 0;
-                memory_access(context.memory_access().0, is_pending)
+                let (info, payload) = context.memory_access();
+                self.memory_access(info, payload.Gpa, is_pending)
             }
             WHvRunVpExitReasonX64IoPortAccess | WHvRunVpExitReasonX64Cpuid | WHvRunVpExitReasonHypercall => {
                 Left::Emulate(Groups::DEBUG)
             }
             WHvRunVpExitReasonX64MsrAccess => Left::Emulate(Groups::DEBUG | Groups::MSR),
-            WHvRunVpExitReasonX64Halt => Left::Exit(Exit::Halted),
+            WHvRunVpExitReasonX64Halt => {
+                // With the platform's APIC nothing leaves for HLT; if something does, the platform is told to wait.
+                self.halt_leaves = true;
+                Left::Exit(Exit::Halted)
+            }
+            WHvRunVpExitReasonX64ApicEoi if self.has_apic => {
+                Left::Other(VcpuExit::EndOfInterrupt { vector: context.eoi_vector() as u8 })
+            }
             WHvRunVpExitReasonUnrecoverableException => Left::Exit(Exit::Shutdown),
             WHvRunVpExitReasonX64InterruptWindow => {
                 // Documented as one-shot; written anew in either case.
                 self.extras[NOTIFICATIONS] = None;
                 Left::Again
             }
-            WHvRunVpExitReasonNone | WHvRunVpExitReasonCanceled => Left::Again,
+            WHvRunVpExitReasonNone => Left::Again,
+            WHvRunVpExitReasonCanceled => self.canceled()?,
             WHvRunVpExitReasonInvalidVpRegisterValue => {
                 return Err(AccelError::EntryFailed { kind: AccelKind::Whpx, reason: context.reason() as u64 });
             }
@@ -199,6 +303,14 @@ impl Engine for Processor {
 
     fn cr8(&self) -> Option<u8> {
         self.extras[CR8].map(|class| class as u8)
+    }
+
+    fn apic(&self) -> Option<&dyn PlatformApic> {
+        self.has_apic.then_some(self)
+    }
+
+    fn look_for_halt(&self) -> Option<Duration> {
+        (!self.has_apic && !self.halt_leaves).then_some(LOOK_FOR_HALT)
     }
 
     fn tsc(&self) -> VcpuResult<Option<u64>> {
