@@ -3,10 +3,12 @@
 use super::machine::prepare;
 use super::{Arm, poll};
 use crate::harness::{Host, Outcome, cases, fail};
-use vm_accel::aarch64::{self as aarch64, Gic, GicPart, GicVersion, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg};
+use vm_accel::aarch64::{
+    self as aarch64, Gic, GicPart, GicVersion, MsiFrame, PSTATE_EL1H_MASKED, ppi_line, spi_line, sys_reg,
+};
 use vm_accel::{HostEvent, IoAddress, IoEventMatch, MsiMessage, VcpuExit};
 use vm_accel_guests::arm64::Index::Offset;
-use vm_accel_guests::arm64::{Assembler, ZR, layout};
+use vm_accel_guests::arm64::{Assembler, ZR, layout, psci};
 
 cases![
     gic_is_described [KernelIrqchip],
@@ -14,9 +16,15 @@ cases![
     masked_interrupt_waits [KernelIrqchip],
     level_is_delivered_again_until_lowered [KernelIrqchip],
     private_interrupt [KernelIrqchip],
+    edge_is_delivered_once [KernelIrqchip],
+    generated_interrupt [KernelIrqchip],
+    generated_interrupt_wakes_another_cpu [KernelIrqchip],
     timer_interrupt [KernelIrqchip],
+    timer_ends_a_wait [KernelIrqchip],
     interrupt_by_event [KernelIrqchip, Irqfd],
     message_to_a_device [KernelIrqchip],
+    message_to_a_frame [KernelIrqchip],
+    state_outlives_its_machine [KernelIrqchip],
     state_moves_to_another_machine [KernelIrqchip, SeveralVms],
     impossible_lines [KernelIrqchip],
     no_gic_no_interrupts,
@@ -29,6 +37,7 @@ const ICC_EOIR1: u16 = sys_reg(3, 0, 12, 12, 1);
 const ICC_PMR: u16 = sys_reg(3, 0, 4, 6, 0);
 const ICC_SRE: u16 = sys_reg(3, 0, 12, 12, 5);
 const ICC_IGRPEN1: u16 = sys_reg(3, 0, 12, 12, 7);
+const ICC_SGI1R: u16 = sys_reg(3, 0, 12, 11, 5);
 
 const GICD: u64 = Gic::DISTRIBUTOR;
 const GICR: u64 = Gic::GICV3_REDISTRIBUTORS;
@@ -59,6 +68,11 @@ fn gic_on(a: &mut Assembler, private: u32, shared: &[u32]) {
     a.mov(0, 1);
     a.msr(ICC_IGRPEN1, 0);
     a.isb();
+}
+
+/// Makes shared interrupts edge-triggered, all those of a register.
+fn edges(a: &mut Assembler, intid: u32) {
+    a.poke(GICD + 0xc00 + 4 * u64::from(intid / 16), 0xaaaa_aaaa);
 }
 
 /// The IRQ vector: acknowledges, reports the INTID, ends it, returns.
@@ -163,6 +177,80 @@ fn private_interrupt(host: &Host) -> Outcome {
     Ok(m.vm.set_irq_line(ppi_line(0, INTID), false)?)
 }
 
+fn edge_is_delivered_once(host: &Host) -> Outcome {
+    let mut m = machine(host, |a| {
+        gic_on(a, 0, &[SPI]);
+        edges(a, SPI);
+        wait(a);
+    })?;
+    m.expect_report(0)?;
+    for _ in 0..3 {
+        m.vm.set_irq_line(spi_line(SPI), false)?;
+        m.vm.set_irq_line(spi_line(SPI), true)?;
+        m.expect_report(SPI.into())?;
+    }
+    // The line is still up.
+    m.vcpu.kick_handle()?.kick();
+    assert_eq!(m.vcpu.run()?, VcpuExit::Interrupt);
+    Ok(())
+}
+
+fn generated_interrupt(host: &Host) -> Outcome {
+    const SGI: u64 = 3;
+    let mut m = machine(host, |a| {
+        gic_on(a, 1 << SGI, &[]);
+        a.daif_clear(2);
+        for _ in 0..2 {
+            a.mov(5, SGI << 24 | 1);
+            a.msr(ICC_SGI1R, 5);
+            a.isb();
+            let again = a.bound();
+            // The handler counts.
+            a.cbz(6, again);
+            a.mov(6, 0);
+        }
+        a.report(ZR);
+    })?;
+    let mut counting = Assembler::new(layout::VECTORS + 0x280);
+    counting.mrs(17, ICC_IAR1);
+    counting.add(6, 6, 1);
+    counting.report(17);
+    counting.msr(ICC_EOIR1, 17);
+    counting.eret();
+    m.ram.write(layout::VECTORS - layout::RAM + 0x280, &counting.finish())?;
+    m.expect_report(SGI)?;
+    m.expect_report(SGI)?;
+    m.expect_report(0)
+}
+
+fn generated_interrupt_wakes_another_cpu(host: &Host) -> Outcome {
+    const SGI: u64 = 5;
+    let mut m = machine(host, |a| {
+        let (entry, off) = (a.label(), a.label());
+        gic_on(a, 1 << SGI, &[]);
+        a.mov(1, aarch64::affinity(1));
+        a.adr(2, entry);
+        a.psci(psci::CPU_ON);
+        wait(a);
+        a.bind(entry);
+        a.mov(5, SGI << 24 | 1);
+        a.msr(ICC_SGI1R, 5);
+        a.isb();
+        a.bind(off);
+        a.psci(psci::CPU_OFF);
+        a.b(off);
+    })?;
+    let mut other = m.vm.create_vcpu(1)?;
+    let kick = other.kick_handle()?;
+    host.watch.add(other.kick_handle()?);
+    let second = std::thread::spawn(move || other.run());
+    m.expect_report(0)?;
+    m.expect_report(SGI)?;
+    kick.kick();
+    assert_eq!(second.join().expect("no panic")?, VcpuExit::Interrupt);
+    Ok(())
+}
+
 fn timer_interrupt(host: &Host) -> Outcome {
     let mut m = machine(host, |a| {
         gic_on(a, 1 << aarch64::VIRTUAL_TIMER_INTID, &[]);
@@ -179,6 +267,41 @@ fn timer_interrupt(host: &Host) -> Outcome {
     assert_eq!(timer.control & 5, 5, "enabled, and its time has come");
     assert!(timer.count >= timer.compare);
     Ok(())
+}
+
+/// WFI ends although the CPU masks the interrupt.
+fn timer_ends_a_wait(host: &Host) -> Outcome {
+    let mut m = machine(host, |a| {
+        gic_on(a, 1 << aarch64::VIRTUAL_TIMER_INTID, &[]);
+        a.mrs(0, aarch64::CNTVCT_EL0);
+        a.add(0, 0, 4095);
+        a.msr(aarch64::CNTV_CVAL_EL0, 0);
+        a.mov(0, 1);
+        a.msr(aarch64::CNTV_CTL_EL0, 0);
+        a.isb();
+        let again = a.bound();
+        a.wfi();
+        a.mrs(5, aarch64::CNTV_CTL_EL0);
+        a.subs(6, 5, 5);
+        a.cbnz(6, again);
+        a.report(5);
+        // The cause goes before the interrupt is let through.
+        a.msr(aarch64::CNTV_CTL_EL0, ZR);
+        a.isb();
+        a.daif_clear(2);
+        a.nop();
+        a.report(ZR);
+    })?;
+    m.expect_report(5)?;
+    // A GIC may take a moment to see that the line fell.
+    loop {
+        match m.report()? {
+            0 => return Ok(()),
+            1023 => {}
+            intid if intid == u64::from(aarch64::VIRTUAL_TIMER_INTID) => {}
+            other => fail!("{other} is not what the timer does"),
+        }
+    }
 }
 
 fn interrupt_by_event(host: &Host) -> Outcome {
@@ -255,6 +378,73 @@ fn message_to_a_device(host: &Host) -> Outcome {
         m.vm.signal_msi(message)?;
         m.expect_report(LPI.into())?;
     }
+    Ok(())
+}
+
+/// A message to the frame that makes a shared interrupt of it: the VMM's, and one of the guest's own.
+fn message_to_a_frame(host: &Host) -> Outcome {
+    let first = Gic::INTERRUPTS;
+    let mut m = machine(host, |a| {
+        gic_on(a, 0, &[first, first + 1]);
+        edges(a, first);
+        a.report(ZR);
+        a.poke(Gic::MSI_FRAME + MsiFrame::DOORBELL, first + 1);
+        wait(a);
+    })?;
+    let message = |data| MsiMessage { address: Gic::MSI_FRAME + MsiFrame::DOORBELL, data, device_id: None };
+    let Some(frame) = m.vm.gic()?.msi_frame else {
+        assert!(m.vm.signal_msi(message(first)).is_err());
+        return Ok(());
+    };
+    assert_eq!((frame.address, frame.first), (Gic::MSI_FRAME, first));
+    assert!(frame.count > 1);
+    m.expect_report(0)?;
+    m.expect_report(0)?;
+    m.expect_report((first + 1).into())?;
+    for intid in [first, first + 1, first] {
+        m.vm.signal_msi(message(intid))?;
+        m.expect_report(intid.into())?;
+    }
+    for (address, data) in [(0, first), (8, first - 1), (8, first + frame.count), (8, u32::MAX)] {
+        let address = frame.address + MsiFrame::DOORBELL - 8 + address;
+        let wrong = MsiMessage { address, data, device_id: None };
+        assert!(m.vm.signal_msi(wrong).is_err(), "{wrong:x?}");
+    }
+    Ok(())
+}
+
+/// As below, where there is one machine at a time. The level line is up when the state is taken; it belongs to the state.
+fn state_outlives_its_machine(host: &Host) -> Outcome {
+    const PRIORITY_MASK: u64 = 0xa0;
+    let write = |a: &mut Assembler| {
+        gic_on(a, 0, &[SPI, SPI + 1]);
+        a.mov(0, PRIORITY_MASK);
+        a.msr(ICC_PMR, 0);
+        a.report(ZR);
+        a.mrs(5, ICC_PMR);
+        a.report(5);
+        wait(a);
+    };
+    let mut m = machine(host, write)?;
+    m.expect_report(0)?;
+    m.vm.set_irq_line(spi_line(SPI), true)?;
+    assert_eq!(m.vcpu.quiesce()?, VcpuExit::Interrupt);
+    let gic = m.vm.get_gic_state()?;
+    let registers = m.arm().save_registers()?;
+    let mut ram = vec![0; layout::RAM_SIZE as usize];
+    m.ram.read(0, &mut ram)?;
+    drop(m);
+
+    let mut next = machine(host, |a| a.report(ZR))?;
+    next.ram.write(0, &ram)?;
+    next.arm().restore_registers(&registers)?;
+    next.vm.set_gic_state(&gic)?;
+    next.expect_report(PRIORITY_MASK)?;
+    next.expect_report(0)?;
+    next.expect_report(SPI.into())?;
+    next.vm.set_irq_line(spi_line(SPI), false)?;
+    next.vm.set_irq_line(spi_line(SPI + 1), true)?;
+    next.expect_report((SPI + 1).into())?;
     Ok(())
 }
 
