@@ -21,6 +21,7 @@ foreign architecture a cross gcc; fetches the rest as `cargo xtask guests` does.
 
 Actions:
   test [ARGUMENT…]      the conformance suite of the library, which must find KVM there
+  lockstep [ARGUMENT…]  its guests step for step on KVM and on the software CPU (x86)
   boot [ARGUMENT…]      `vm-accel run` boots Debian's kernel as its guest to a userspace
                         line and a power-off; arguments are added to those of `run`
   run BINARY [ARG…]     any static Linux executable; its exit status becomes this one's
@@ -102,7 +103,8 @@ fn run(args: &[String]) -> Result<u8> {
     };
     let arch = Arch::named(arch)?;
     let action: fn(&Arch, Options) -> Result<u8> = match action.as_str() {
-        "test" => test,
+        "test" => |arch, options| test(arch, options, "conformance", "kvm"),
+        "lockstep" => |arch, options| test(arch, options, "lockstep", "kvm-and-soft"),
         "boot" => boot,
         "run" => program,
         "selftest" => selftest,
@@ -113,10 +115,10 @@ fn run(args: &[String]) -> Result<u8> {
     action(arch, options)
 }
 
-fn test(arch: &Arch, mut options: Options) -> Result<u8> {
-    let program = build_static(arch, &["test", "-p", "vm-accel", "--test", "conformance", "--no-run"], "conformance")?;
-    // A suite that skipped KVM would prove nothing here.
-    options.env.insert(0, ("VM_ACCEL_REQUIRE".to_owned(), "kvm".to_owned()));
+/// A suite of the library. One that skipped KVM would prove nothing here.
+fn test(arch: &Arch, mut options: Options, suite: &str, required: &str) -> Result<u8> {
+    let program = build_static(arch, &["test", "-p", "vm-accel", "--test", suite, "--no-run"], suite)?;
+    options.env.insert(0, ("VM_ACCEL_REQUIRE".to_owned(), required.to_owned()));
     options.env.insert(0, ("RUST_BACKTRACE".to_owned(), "1".to_owned()));
     let args = std::mem::take(&mut options.rest);
     Ok(qemu::run(arch, &options.job(program, args, 600, 768))?.status)

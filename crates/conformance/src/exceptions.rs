@@ -14,9 +14,11 @@ const fn emulated(case: &'static str, reason: &'static str) -> Exception {
     Exception { when: When::EmulatedCpu, case, reason }
 }
 
+const NO_PAGING: &str = "no 32-bit paging: the guest dies when it sets CR0.PG";
+
 pub(crate) const TABLE: &[Exception] = &[
-    interpreted("modes::paging_32_bit", "no 32-bit paging: the guest dies when it sets CR0.PG"),
-    interpreted("modes::paging_pae", "no 32-bit paging: the guest dies when it sets CR0.PG"),
+    interpreted("modes::paging_32_bit", NO_PAGING),
+    interpreted("modes::paging_pae", NO_PAGING),
     interpreted("modes::ring3_software_interrupt", "INT n in ring 3 raises #UD"),
     interpreted("modes::ring3_system_call", "SYSCALL arrives at its entry point still in ring 3"),
     interpreted("modes::hypercall", "VMCALL in ring 0 never ends"),
@@ -31,4 +33,39 @@ pub(crate) const TABLE: &[Exception] = &[
     emulated("debug::watchpoint_ring0", "QEMU before 10.0 does not intercept #DB for its nested guests"),
     emulated("debug::software_breakpoint_ring0", "QEMU reports INT3 to the nested hypervisor as a software interrupt"),
     emulated("arm64_access::read_extends", "QEMU 7.2 leaves the sign extension out of the syndrome"),
+];
+
+const fn anywhere(case: &'static str, reason: &'static str) -> Exception {
+    Exception { when: When::Anywhere, case, reason }
+}
+
+const CONCURRENT: &str = "another thread writes to the guest's memory";
+const UNSTEPPED: &str = "KVM runs the guest's ring 3 without single steps";
+
+const LOST: &str = "a HLT that the guest comes back to by IRET is stepped over without an exit";
+
+/// Cases whose guests cannot be followed step for step.
+pub(crate) const LOCKSTEP: &[Exception] = &[
+    anywhere("memory::map_while_running", CONCURRENT),
+    anywhere("memory::guest_and_host_share_atomics", CONCURRENT),
+    anywhere("memory::too_many_mappings_are_refused", "the software CPU and KVM run out of slots at different moments"),
+    anywhere("modes::divide_error", "changes the guest's stack in the middle of an OUT"),
+    anywhere("modes::ring3_page_fault_is_fixed_up", "changes the page tables in the middle of an OUT"),
+    anywhere(
+        "registers::exception_is_injected",
+        "KVM pushes an injected fault's flags as they are, the software CPU with RF",
+    ),
+    emulated("modes::paging_pae", "QEMU sets the accessed bit of page-directory-pointer entries, which have none"),
+    anywhere("registers::tsc_runs_forward", "time goes on meanwhile"),
+    anywhere("registers::tsc_can_be_set", "time goes on meanwhile"),
+    anywhere("modes::hypercall", "KVM answers calls of its own interface itself"),
+    interpreted("mmio::from_ring3", UNSTEPPED),
+    interpreted("modes::ring3_undefined_instruction", UNSTEPPED),
+    interpreted("modes::ring3_software_interrupt", UNSTEPPED),
+    interpreted("modes::ring3_system_call", UNSTEPPED),
+    interpreted("registers::fpu_seen_by_guest", UNSTEPPED),
+    interpreted("registers::fpu_changed_by_guest", UNSTEPPED),
+    interpreted("modes::paging_32_bit", NO_PAGING),
+    interpreted("modes::paging_pae", NO_PAGING),
+    interpreted("registers::interrupt_in_delivery_is_injected", LOST),
 ];

@@ -22,6 +22,7 @@ mod interrupts;
 mod kick_stress;
 mod kicks;
 mod lifecycle;
+mod lockstep;
 mod memory;
 mod mmio;
 mod modes;
@@ -64,3 +65,13 @@ pub static KICK_STRESS: Suite =
 
 /// The cases about guest memory alone, for other ways to set up a virtual machine.
 pub static MEMORY: Suite = Suite { themes: themes![X86_64 memory], exceptions: &[], limit: Duration::from_secs(60) };
+
+/// The guests of the suite, step for step on the host's KVM and on the software CPU: run it on [`LOCKSTEP_BACKENDS`].
+pub static LOCKSTEP: Suite = Suite {
+    themes: themes![X86_64 pio, X86_64 mmio, X86_64 memory, X86_64 modes, X86_64 registers, X86_64 protocol],
+    exceptions: exceptions::LOCKSTEP,
+    limit: Duration::from_secs(60),
+};
+
+/// The pair that [`LOCKSTEP`] compares.
+pub const LOCKSTEP_BACKENDS: &[Backend] = &[lockstep::BACKEND];
