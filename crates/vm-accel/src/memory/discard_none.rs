@@ -13,3 +13,9 @@ use crate::error::{AccelError, VcpuResult};
 pub(super) unsafe fn discard(_ptr: *mut u8, _len: usize, _backing: Option<FileMapping>) -> VcpuResult<()> {
     Err(AccelError::Unsupported { kind: None, what: "discarding guest memory on this operating system" })
 }
+
+/// Nothing can be asked for here.
+///
+/// # Safety
+/// None is needed; the Linux form of this function has requirements.
+pub(super) unsafe fn prefer_large_pages(_ptr: *mut u8, _len: usize) {}

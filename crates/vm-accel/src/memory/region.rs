@@ -68,7 +68,10 @@ impl GuestRegion {
     /// be; [`AccelError::Host`] if the operating system refuses.
     pub fn anonymous(size: u64) -> VcpuResult<Self> {
         let len = check_size(size)?;
-        Ok(Self::new(Mapping::anonymous(len)?, None))
+        let mapping = Mapping::anonymous(len)?;
+        // SAFETY: the mapping is private, and it is alive.
+        unsafe { discard::prefer_large_pages(mapping.as_ptr(), len) };
+        Ok(Self::new(mapping, None))
     }
 
     /// `size` bytes of a regular file, from `offset` on.
