@@ -4,21 +4,24 @@
 //! One test function: the platform, its plan of failures and its knobs are the process's.
 
 use std::sync::mpsc::channel;
-use vm_accel::aarch64::{self, Aarch64Events, PSTATE_EL1H_MASKED, VirtualTimer};
+use vm_accel::aarch64::{self, Aarch64Events, GicState, MsiFrame, PSTATE_EL1H_MASKED, VirtualTimer};
 use vm_accel::platform::hvf::aarch64::AccelHvf;
 use vm_accel::{
-    Accel, AccelError, BreakOn, GuestDebug, GuestRegion, HardwareBreakpoint, MemoryFlags, RawCode, UnavailableReason,
-    VcpuExit, VcpuOps, VcpuResult,
+    Accel, AccelError, BreakOn, GuestDebug, GuestRegion, HardwareBreakpoint, IrqChip, MemoryFlags, MsiMessage, RawCode,
+    UnavailableReason, VcpuExit, VcpuOps, VcpuResult,
 };
 use vm_accel_sim::hostile::Failure;
 use vm_accel_sim::hvf_arm64::{
-    FAILURES, MACOS_11, MACOS_13, complaints, end_process, live_vcpus, reset, set_next_exit,
+    FAILURES, MACOS_11, MACOS_13, MACOS_15, complaints, end_process, live_vcpus, reset, set_next_exit,
 };
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, HvfArm64Functions};
 use vm_accel_sys::hvf::code::*;
 
 /// hv_error.h.
 const CODES: [i32; 8] = [ERROR, BUSY, BAD_ARGUMENT, NO_RESOURCES, NO_DEVICE, DENIED, FAULT, UNSUPPORTED];
+
+/// Functions that answer no code.
+const OBJECTS: [&str; 2] = ["hv_gic_config_create", "hv_gic_state_create"];
 
 /// Calls of one function whose failure is tried, one after the other.
 const DEPTH: u32 = 4;
@@ -44,7 +47,12 @@ mod word {
 
 /// A machine with this program, logged memory and a vCPU that is not yet the platform's.
 fn machine(api: &'static HvfArm64Api, program: &[u32]) -> VcpuResult<(AccelHvf, Box<dyn VcpuOps>)> {
+    build(api, IrqChip::None, program)
+}
+
+fn build(api: &'static HvfArm64Api, chip: IrqChip, program: &[u32]) -> VcpuResult<(AccelHvf, Box<dyn VcpuOps>)> {
     let mut vm = AccelHvf::with_api(api)?;
+    vm.create_irqchip(chip)?;
     let ram = GuestRegion::anonymous(0x1_0000)?;
     let bytes: Vec<u8> = program.iter().flat_map(|word| word.to_le_bytes()).collect();
     ram.write(0, &bytes)?;
@@ -112,13 +120,44 @@ fn scenario(api: &'static HvfArm64Api) -> VcpuResult<()> {
     vm.unmap_memory(RAM)
 }
 
+/// A machine with the framework's GIC, and one after it that goes on from its state.
+fn gic_scenario(api: &'static HvfArm64Api) -> VcpuResult<()> {
+    let program = [word::MOVZ_X1_DEVICE, word::STR_X0_X1, word::STR_X0_X1, word::BRANCH_HERE];
+    let (mut vm, mut vcpu) = build(api, IrqChip::Kernel, &program)?;
+    let frame = vm.gic()?.msi_frame.expect("there is one");
+    vm.set_irq_line(aarch64::spi_line(40), true)?;
+    vm.set_irq_line(aarch64::ppi_line(0, 20), true)?;
+    let address = frame.address + MsiFrame::DOORBELL;
+    vm.signal_msi(MsiMessage { address, data: frame.first, device_id: None })?;
+    assert!(matches!(vcpu.run()?, VcpuExit::Mmio { .. }));
+    vm.set_irq_line(aarch64::ppi_line(0, 20), false)?;
+    assert!(matches!(vcpu.run()?, VcpuExit::Mmio { .. }));
+    vcpu.quiesce()?;
+    let registers = vcpu.as_aarch64().expect("aarch64").save_registers()?;
+    let state = vm.get_gic_state()?;
+    let late = vm.set_gic_state(&state).expect_err("too late");
+    assert!(matches!(late, AccelError::InvalidArgument { .. }), "{late:?}");
+    drop(vcpu);
+    drop(vm);
+    let (mut vm, mut vcpu) = build(api, IrqChip::Kernel, &program)?;
+    vm.set_gic_state(&state)?;
+    assert_eq!(vm.get_gic_state()?, state, "not restored yet, and yet there");
+    assert!(matches!(vcpu.run()?, VcpuExit::Mmio { .. }));
+    vcpu.quiesce()?;
+    vcpu.as_aarch64().expect("aarch64").restore_registers(&registers)?;
+    assert_eq!(vm.get_gic_state()?, state);
+    Ok(())
+}
+
 /// Whether an error says that it is this failure.
 fn tells(error: &AccelError, failure: &Failure) -> bool {
-    if failure.function == "hv_vm_destroy" {
-        // The probe's machine was left, and so the next cannot be.
+    if matches!(failure.function, "hv_vm_destroy" | "hv_vcpu_destroy") {
+        // The machine before was left, and so the next cannot be.
         return matches!(error, AccelError::Unavailable { reason: UnavailableReason::InUse, .. });
     }
-    let raw = |op: &str, code: &RawCode| op == failure.function && *code == RawCode::HvReturn(failure.code);
+    // What makes an object makes none then, and tells nothing.
+    let code = if OBJECTS.contains(&failure.function) { NO_RESOURCES } else { failure.code };
+    let raw = |op: &str, told: &RawCode| op == failure.function && *told == RawCode::HvReturn(code);
     match error {
         AccelError::Backend { op, code, .. } => raw(op, code),
         AccelError::Unavailable { reason, .. } => match reason {
@@ -143,13 +182,18 @@ fn is_survived(failure: &Failure) -> bool {
     }
 }
 
-fn every_failure_surfaces_as_itself(api: &'static HvfArm64Api) {
+fn every_failure_surfaces_as_itself(
+    api: &'static HvfArm64Api,
+    prefix: &str,
+    scenario: fn(&'static HvfArm64Api) -> VcpuResult<()>,
+) {
     scenario(api).expect("nothing fails");
     assert_eq!(live_vcpus(), None);
     assert_eq!(complaints(), [""; 0]);
     let mut tried = 0;
     let functions = HvfArm64Functions::REQUIRED.iter().chain(HvfArm64Functions::OPTIONAL);
-    for function in functions.chain(&["hv_vcpu_set_simd_fp_reg"]) {
+    let functions = functions.chain(&["hv_vcpu_set_simd_fp_reg"]).filter(|function| function.starts_with(prefix));
+    for function in functions {
         for code in CODES {
             for after in 0..DEPTH {
                 let failure = Failure { function, after, code };
@@ -278,6 +322,132 @@ fn an_access_can_be_refused() {
     assert_eq!(complaints(), [""; 0]);
 }
 
+fn is_invalid(result: VcpuResult<()>) -> bool {
+    matches!(result, Err(AccelError::InvalidArgument { .. }))
+}
+
+fn gic_comes_first_and_once() {
+    let mut vm = AccelHvf::with_api(&MACOS_15).expect("available");
+    assert!(vm.capabilities().kernel_irqchip);
+    assert!(vm.create_irqchip(IrqChip::Split).is_err_and(|error| error.is_absent()));
+    vm.create_irqchip(IrqChip::Kernel).expect("first");
+    assert!(is_invalid(vm.create_irqchip(IrqChip::Kernel)));
+    let vcpu = vm.create_vcpu(0).expect("free");
+    drop(vcpu);
+    drop(vm);
+    let mut vm = AccelHvf::with_api(&MACOS_15).expect("available");
+    let vcpu = vm.create_vcpu(0).expect("free");
+    assert!(is_invalid(vm.create_irqchip(IrqChip::Kernel)));
+    drop(vcpu);
+    drop(vm);
+    let mut vm = AccelHvf::with_api(&MACOS_13).expect("available");
+    assert!(!vm.capabilities().kernel_irqchip);
+    assert!(vm.create_irqchip(IrqChip::Kernel).is_err_and(|error| error.is_absent()));
+    assert!(vm.irq_handle().is_err_and(|error| error.is_absent()));
+    assert_eq!(complaints(), [""; 0]);
+}
+
+/// A system with some of them, which no Mac is, gets a typed error from the first that lacks.
+fn gic_needs_all_of_its_functions() {
+    static WITHOUT_SIZES: HvfArm64Api = HvfArm64Api {
+        functions: HvfArm64Functions { hv_gic_get_redistributor_size: None, ..MACOS_15.functions },
+        ..MACOS_15
+    };
+    static WITHOUT_LINES: HvfArm64Api = HvfArm64Api {
+        functions: HvfArm64Functions { hv_gic_set_spi: None, hv_gic_state_create: None, ..MACOS_15.functions },
+        ..MACOS_15
+    };
+    let mut vm = AccelHvf::with_api(&WITHOUT_SIZES).expect("available");
+    assert!(vm.create_irqchip(IrqChip::Kernel).is_err_and(|error| error.is_absent()));
+    drop(vm);
+    let mut vm = AccelHvf::with_api(&WITHOUT_LINES).expect("available");
+    vm.create_irqchip(IrqChip::Kernel).expect("there");
+    assert!(vm.set_irq_line(8, true).is_err_and(|error| error.is_absent()));
+    assert!(vm.get_gic_state().is_err_and(|error| error.is_absent()));
+    assert_eq!(complaints(), [""; 0]);
+}
+
+/// A system whose GIC must be elsewhere has none for this library; one whose frame must be, no messages.
+fn gic_fits_or_is_not_there() {
+    unsafe extern "C" fn huge(value: *mut usize) -> i32 {
+        // SAFETY: the caller's promise.
+        unsafe { value.write(1 << 30) };
+        SUCCESS
+    }
+    static ELSEWHERE: HvfArm64Api = HvfArm64Api {
+        functions: HvfArm64Functions { hv_gic_get_distributor_base_alignment: Some(huge), ..MACOS_15.functions },
+        ..MACOS_15
+    };
+    static WITHOUT_FRAME: HvfArm64Api = HvfArm64Api {
+        functions: HvfArm64Functions { hv_gic_get_msi_region_size: Some(huge), ..MACOS_15.functions },
+        ..MACOS_15
+    };
+    let mut vm = AccelHvf::with_api(&ELSEWHERE).expect("available");
+    assert!(vm.create_irqchip(IrqChip::Kernel).is_err_and(|error| error.is_absent()));
+    drop(vm);
+    let mut vm = AccelHvf::with_api(&WITHOUT_FRAME).expect("available");
+    vm.create_irqchip(IrqChip::Kernel).expect("there");
+    assert_eq!(vm.gic().expect("there").msi_frame, None);
+    assert!(vm.signal_msi(MsiMessage::default()).is_err_and(|error| error.is_absent()));
+    assert_eq!(complaints(), [""; 0]);
+}
+
+fn inputs_belong_to_the_gic() {
+    let program = [word::MOVZ_X1_DEVICE, word::STR_X0_X1];
+    let (vm, mut vcpu) = build(&MACOS_15, IrqChip::Kernel, &program).expect("available");
+    let refused = vcpu.as_aarch64().expect("aarch64").set_interrupts(true, false);
+    assert!(refused.is_err_and(|error| error.is_absent()));
+    // Those of the framework's own devices, software-generated ones, and those of nobody.
+    for line in [27, 30, 23, 25, 3, 40].map(|intid| aarch64::ppi_line(0, intid)).into_iter().chain([224, 1 << 30]) {
+        assert!(is_invalid(vm.set_irq_line(line, true)), "{line:#x}");
+    }
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::Mmio { .. })));
+    assert_eq!(complaints(), [""; 0]);
+}
+
+/// Apple says that there are none; should one come, the guest gets its interrupt and the VMM none of it.
+fn timer_exits_beside_a_gic_are_not_told() {
+    const TIMER_ACTIVATED: u32 = 2;
+    let program = [word::MOVZ_X1_DEVICE, word::STR_X0_X1];
+    let (_vm, mut vcpu) = build(&MACOS_15, IrqChip::Kernel, &program).expect("available");
+    let arm = vcpu.as_aarch64().expect("aarch64");
+    arm.set_virtual_timer(&VirtualTimer { control: 1, compare: 0, count: 1 << 40 }).expect("there is one");
+    set_next_exit(TIMER_ACTIVATED);
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::Mmio { .. })));
+    assert_eq!(complaints(), [""; 0]);
+}
+
+fn foreign_gic_state_is_refused() {
+    let program = [word::MOVZ_X1_DEVICE, word::STR_X0_X1];
+    let (mut vm, mut vcpu) = build(&MACOS_15, IrqChip::Kernel, &program).expect("available");
+    assert!(is_invalid(vm.set_gic_state(&GicState::default())));
+    vm.set_gic_state(&GicState { opaque: vec![1; 100], ..GicState::default() }).expect("nobody looks at it yet");
+    for _ in 0..2 {
+        let error = vcpu.run().expect_err("the framework looks at it");
+        assert!(matches!(error, AccelError::Backend { op: "hv_gic_set_state", .. }), "{error:?}");
+    }
+    assert_eq!(complaints(), [""; 0]);
+}
+
+/// With a GIC no vCPU runs before all are the framework's; kicks come through, and one that is dropped is not waited for.
+fn vcpus_wait_for_each_other() {
+    let program = [word::MOVZ_X1_DEVICE, word::STR_X0_X1, word::STR_X0_X1];
+    let (mut vm, mut vcpu) = build(&MACOS_15, IrqChip::Kernel, &program).expect("available");
+    let (mut second, third) = (vm.create_vcpu(1).expect("free"), vm.create_vcpu(2).expect("free"));
+    vcpu.kick_handle().expect("there is one").kick();
+    assert_eq!(vcpu.run(), Ok(VcpuExit::Interrupt));
+    drop(third);
+    let stop = second.kick_handle().expect("there is one");
+    // Switched off, it waits in its run.
+    let other = std::thread::spawn(move || second.run());
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::Mmio { .. })));
+    assert!(is_invalid(vm.create_vcpu(3).map(drop)));
+    stop.kick();
+    assert_eq!(other.join().expect("no panic"), Ok(VcpuExit::Interrupt));
+    assert!(matches!(vcpu.run(), Ok(VcpuExit::Mmio { .. })));
+    assert_eq!(complaints(), [""; 0]);
+}
+
 #[test]
 fn hvf_on_apple_silicon() {
     reset();
@@ -286,6 +456,14 @@ fn hvf_on_apple_silicon() {
     wfi_waits_for_the_timer();
     interrupt_inputs_stay();
     an_access_can_be_refused();
-    every_failure_surfaces_as_itself(&MACOS_13);
-    every_failure_surfaces_as_itself(&MACOS_11);
+    gic_comes_first_and_once();
+    gic_needs_all_of_its_functions();
+    gic_fits_or_is_not_there();
+    inputs_belong_to_the_gic();
+    timer_exits_beside_a_gic_are_not_told();
+    foreign_gic_state_is_refused();
+    vcpus_wait_for_each_other();
+    every_failure_surfaces_as_itself(&MACOS_13, "", scenario);
+    every_failure_surfaces_as_itself(&MACOS_11, "", scenario);
+    every_failure_surfaces_as_itself(&MACOS_15, "hv_gic_", gic_scenario);
 }

@@ -1,3 +1,4 @@
+use super::gic::{Frame, Gic, REDISTRIBUTOR_SIZE};
 use super::*;
 use std::cell::RefCell;
 use vm_accel_sys::hvf::memory;
@@ -161,4 +162,142 @@ fn any_word_is_survived() {
         ram.write(0, &word.to_le_bytes());
         let _ = cpu.step(&ram);
     }
+}
+
+const GICD: u64 = 0x800_0000;
+const GICR: u64 = 0x1000_0000;
+const FRAME: u64 = 0x802_0000;
+const IAR: u16 = 0xc660;
+const EOIR: u16 = 0xc661;
+const SGI1R: u16 = 0xc65d;
+const PMR: u16 = 0xc230;
+
+/// A GIC with CPUs of the affinities 0.0.0 and 0.1.2, which let everything of group 1 through.
+fn two_cpus() -> Gic {
+    let mut gic = Gic::new(GICD, Some(Frame { base: FRAME, intids: 256..260 }));
+    gic.write(GICD, 4, 2);
+    for (cpu, affinity) in [(0, 0), (1, 0x102)] {
+        let base = GICR + cpu * REDISTRIBUTOR_SIZE;
+        gic.connect(cpu, affinity, base);
+        gic.write(base + 0x14, 4, 0);
+        gic.write(base + 0x1_0080, 4, u64::MAX);
+        gic.write(base + 0x1_0100, 4, u64::MAX);
+        gic.write_register(cpu, PMR, 0xff);
+        gic.write_register(cpu, 0xc667, 1);
+    }
+    for word in 1..32 {
+        gic.write(GICD + 0x80 + 4 * word, 4, u64::MAX);
+        gic.write(GICD + 0x100 + 4 * word, 4, u64::MAX);
+    }
+    gic
+}
+
+#[test]
+fn gic_serves_by_priority_and_preempts() {
+    let mut gic = two_cpus();
+    gic.write(GICD + 0x400 + 40, 1, 0x80);
+    gic.write(GICD + 0x400 + 41, 1, 0x40);
+    gic.set_line(0, 40, true);
+    assert_eq!((gic.outputs(0), gic.outputs(1)), ([true, false], [false; 2]));
+    assert_eq!(gic.read_register(0, IAR), Some(40));
+    assert_eq!((gic.outputs(0), gic.read_register(0, IAR)), ([false; 2], Some(1023)), "it is active");
+    gic.set_line(0, 41, true);
+    assert_eq!(gic.read_register(0, IAR), Some(41), "a higher priority preempts");
+    assert_eq!(gic.read_register(0, 0xc65b), Some(0x40), "the running priority");
+    gic.set_line(0, 41, false);
+    gic.write_register(0, EOIR, 41);
+    assert_eq!((gic.outputs(0), gic.read_register(0, 0xc65b)), ([false; 2], Some(0x80)));
+    gic.write_register(0, EOIR, 40);
+    assert_eq!(gic.outputs(0), [true, false], "the line is still up");
+    gic.write_register(0, PMR, 0x80);
+    assert_eq!(gic.outputs(0), [false; 2], "masked by its priority");
+    gic.write_register(0, PMR, 0xff);
+    gic.write(GICD + 0x6000 + 8 * 40, 8, 0x102);
+    assert_eq!((gic.outputs(0), gic.outputs(1)), ([false; 2], [true, false]), "routed elsewhere");
+    gic.write(GICD + 0x80 + 4, 4, !(1 << 8));
+    gic.write(GICD, 4, 3);
+    gic.write_register(1, 0xc666, 1);
+    assert_eq!((gic.outputs(1), gic.read_register(1, IAR)), ([false, true], Some(1023)), "group 0 is FIQ");
+    assert_eq!(gic.read_register(1, 0xc640), Some(40));
+}
+
+#[test]
+fn gic_tells_edges_from_levels() {
+    let mut gic = two_cpus();
+    gic.write(GICD + 0xc00 + 4 * 2, 4, 2 << (2 * (40 - 32)));
+    gic.set_line(0, 40, true);
+    gic.set_line(0, 40, false);
+    assert_eq!(gic.read_register(0, IAR), Some(40));
+    gic.set_line(0, 40, true);
+    gic.write_register(0, EOIR, 40);
+    assert_eq!(gic.read_register(0, IAR), Some(40), "an edge while it was active");
+    gic.write_register(0, EOIR, 40);
+    assert_eq!(gic.read_register(0, IAR), Some(1023));
+    gic.set_line(0, 42, true);
+    gic.set_line(0, 42, false);
+    assert_eq!(gic.read_register(0, IAR), Some(1023), "a level that has gone");
+    gic.write(FRAME + 0x40, 4, 257);
+    gic.write(FRAME + 0x40, 4, 300);
+    assert_eq!(gic.read_register(0, IAR), Some(257));
+    gic.write_register(0, EOIR, 257);
+    assert_eq!(gic.read_register(0, IAR), Some(1023), "300 is no message");
+}
+
+#[test]
+fn gic_sends_generated_interrupts_where_they_are_named() {
+    let mut gic = two_cpus();
+    gic.write_register(0, SGI1R, 3 << 24 | 1 << 16 | 1 << 2);
+    assert_eq!((gic.outputs(0), gic.outputs(1)), ([false; 2], [true, false]));
+    assert_eq!(gic.read_register(1, IAR), Some(3));
+    gic.write_register(1, SGI1R, 1 << 40 | 5 << 24);
+    assert_eq!(gic.read_register(0, IAR), Some(5), "all others");
+    gic.write_register(0, EOIR, 5);
+    gic.write_register(0, SGI1R, 7 << 24 | 2 << 16 | 1 << 2);
+    assert_eq!((gic.outputs(0), gic.outputs(1)), ([false; 2], [false; 2]), "nobody is there");
+}
+
+#[test]
+fn gic_state_goes_to_a_gic_with_the_same_cpus_only() {
+    let mut gic = two_cpus();
+    gic.set_line(0, 40, true);
+    gic.write_register(0, SGI1R, 3 << 24 | 1 << 16 | 1 << 2);
+    let state = gic.save();
+    let mut next = Gic::new(GICD, None);
+    assert!(!next.restore(&state));
+    next.connect(0, 0, GICR);
+    next.connect(1, 1, GICR + REDISTRIBUTOR_SIZE);
+    assert!(!next.restore(&state));
+    next.connect(1, 0x102, GICR + REDISTRIBUTOR_SIZE);
+    for len in 0..state.len() {
+        assert!(!next.restore(&state[..len]));
+    }
+    assert!(next.restore(&state));
+    assert_eq!(next.save(), state);
+    for cpu in [0, 1] {
+        next.write_register(cpu, PMR, 0xff);
+        next.write_register(cpu, 0xc667, 1);
+        assert_eq!(next.outputs(cpu), [true, false]);
+    }
+}
+
+/// Whatever a guest does with the GIC has an answer.
+#[test]
+fn gic_answers_every_access() {
+    let mut gic = two_cpus();
+    for base in [GICD, GICR, GICR + 0x1_0000, FRAME] {
+        for offset in (0..0x1_0000).step_by(7).chain([u64::MAX - base]) {
+            for len in [1, 4, 5, 8] {
+                gic.write(base + offset, len, u64::MAX);
+                gic.read(base + offset, len);
+            }
+        }
+    }
+    for register in 0xc000..=0xffff {
+        for value in [0, 1, u64::MAX] {
+            gic.write_register(0, register, value);
+            gic.read_register(0, register);
+        }
+    }
+    gic.outputs(0);
+    assert!(gic.has(GICD) && gic.has(FRAME) && !gic.has(GICR + 2 * REDISTRIBUTOR_SIZE));
 }

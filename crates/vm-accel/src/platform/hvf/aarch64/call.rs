@@ -86,7 +86,8 @@ fn stop_others(vm: &Vm, me: u32) {
     let others: Vec<_> = lock(&vm.vcpus).iter().filter(|(id, _)| **id != me).map(|(_, s)| Arc::clone(s)).collect();
     for other in others {
         other.change_power(|_| Power::Off);
-        other.interrupt();
+        // It is off all the same, when it next looks.
+        let _ = other.interrupt();
     }
 }
 

@@ -179,8 +179,7 @@ impl IrqSink for Vm {
             let detail = format!("{gsi:#x} is neither a shared one (0 to {most}) nor a ppi_line that is free");
             return Err(AccelError::invalid("interrupt line", detail));
         };
-        vcpu.set_line(1 << intid, level);
-        Ok(())
+        vcpu.set_line(1 << intid, level)
     }
 
     fn signal_msi(&self, msi: MsiMessage) -> VcpuResult<()> {

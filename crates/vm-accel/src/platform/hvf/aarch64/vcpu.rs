@@ -82,23 +82,22 @@ impl Shared {
     }
 
     /// Gets the vCPU out of the guest, or keeps it from entering once: the framework remembers it.
-    pub(super) fn interrupt(&self) {
-        if let Some(target) = *lock(&self.target) {
+    pub(super) fn interrupt(&self) -> VcpuResult<()> {
+        match *lock(&self.target) {
             // SAFETY: a list of one, and the vCPU lives: it is not destroyed before this lock can be had.
-            let _ = unsafe { (self.api.hv_vcpus_exit)(&target, 1) };
+            Some(target) => check("hv_vcpus_exit", unsafe { (self.api.hv_vcpus_exit)(&target, 1) }),
+            None => Ok(()),
         }
     }
 
     /// Sets the line of a private interrupt, which the vCPU brings to the framework at its next entry.
-    pub(super) fn set_line(&self, bit: u32, level: bool) {
+    pub(super) fn set_line(&self, bit: u32, level: bool) -> VcpuResult<()> {
         let was = if level {
             self.lines.fetch_or(bit, Ordering::SeqCst)
         } else {
             self.lines.fetch_and(!bit, Ordering::SeqCst)
         };
-        if (was & bit != 0) != level {
-            self.interrupt();
-        }
+        if (was & bit != 0) == level { Ok(()) } else { self.interrupt() }
     }
 
     /// Lets a waiter look again.
@@ -130,7 +129,8 @@ impl KickTarget for Shared {
         // SeqCst pairs with `run`: either it sees the kick before it enters, or we see its number, and the framework keeps it
         // from entering.
         self.kicked.store(true, Ordering::SeqCst);
-        self.interrupt();
+        // A kick has nobody to tell.
+        let _ = self.interrupt();
         self.wake();
     }
 }
