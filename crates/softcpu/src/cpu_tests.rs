@@ -824,3 +824,14 @@ fn random_bytes_never_panic() {
         }
     }
 }
+
+#[test]
+fn an_access_across_the_end_of_the_address_space_does_not_hit_the_first_page() {
+    let mut m = machine();
+    // mov eax, [rcx]; mov eax, [rbx]: the first page is in the TLB when the last one, which is not mapped, is read.
+    m.code(&[0x8b, 0x01, 0x8b, 0x03]);
+    m.cpu.update(|st| st.gpr[3] = u64::MAX);
+    // Without an IDT the page fault ends in a triple fault.
+    assert_eq!(m.cpu.run(100), Exit::Shutdown);
+    assert_eq!((m.cpu.state().cr2, m.cpu.state().rip), (u64::MAX, CODE + 2));
+}

@@ -40,20 +40,24 @@ const WRITE: u64 = 2;
 
 /// All sets.
 pub(crate) struct Tlb {
-    entries: Box<[Entry; SIZE * 4]>,
-    victims: [[Entry; VICTIMS]; 4],
+    /// The selected set first.
+    sets: [Box<[Entry; SIZE]>; 3],
+    /// Where in `sets` each is.
+    places: [usize; 3],
+    victims: [[Entry; VICTIMS]; 3],
     next_victim: usize,
     generation: u64,
     /// Bits 2 to 11, as in `meta`.
     global_generation: u64,
-    base: usize,
     /// A filter of the 2 MiB and 1 GiB regions from which pieces of large pages were cached.
     large: [u64; 16],
 }
 
+/// The place of a page in its set. Two adjacent pages (the last and the first, too) must never share one: an access that crosses
+/// from one to the other looks at the entry of its first byte and compares the tag of its last.
 #[inline(always)]
-fn index(base: usize, lin: u64) -> usize {
-    (base + ((lin >> 12 ^ lin >> 24) as usize & (SIZE - 1))) & (SIZE * 4 - 1)
+fn index(lin: u64) -> usize {
+    (lin >> 12).wrapping_add(lin >> 24) as usize & (SIZE - 1)
 }
 
 fn large_bit(region: u64) -> (usize, u64) {
@@ -63,15 +67,18 @@ fn large_bit(region: u64) -> (usize, u64) {
 
 impl Tlb {
     pub(crate) fn new() -> Self {
-        let entries = vec![EMPTY; SIZE * 4].into_boxed_slice();
-        let Ok(entries) = entries.try_into() else { unreachable!("the length is right") };
+        let set = |_| {
+            let entries = vec![EMPTY; SIZE].into_boxed_slice();
+            let Ok(entries) = entries.try_into() else { unreachable!("the length is right") };
+            entries
+        };
         Tlb {
-            entries,
-            victims: [[EMPTY; VICTIMS]; 4],
+            sets: std::array::from_fn(set),
+            places: [0, 1, 2],
+            victims: [[EMPTY; VICTIMS]; 3],
             next_victim: 0,
             generation: 1,
             global_generation: 4,
-            base: 0,
             large: [0; 16],
         }
     }
@@ -79,7 +86,12 @@ impl Tlb {
     /// Chooses the set that [`Tlb::entry`] uses.
     #[inline]
     pub(crate) fn select(&mut self, set: Set) {
-        self.base = set as usize * SIZE;
+        let from = self.places[set as usize];
+        if from != 0 {
+            self.sets.swap(0, from);
+            self.places.iter_mut().filter(|place| **place == 0).for_each(|place| *place = from);
+            self.places[set as usize] = 0;
+        }
     }
 
     /// The tag that an entry for the page of `lin` must have.
@@ -91,16 +103,15 @@ impl Tlb {
     /// The only entry of the current set that can translate `lin`.
     #[inline(always)]
     pub(crate) fn entry(&self, lin: u64) -> &Entry {
-        &self.entries[index(self.base, lin)]
+        &self.sets[0][index(lin)]
     }
 
     /// The host address for `len` bytes that do not cross a page, from the main array, the victims, or a global entry of
     /// an earlier generation.
     pub(crate) fn lookup(&mut self, set: Set, lin: u64, write: bool) -> Option<usize> {
         let tag = self.tag(lin);
-        let at = index(set as usize * SIZE, lin);
         let hit = |e: &Entry| if write { e.write == tag } else { e.read == tag };
-        let entry = &mut self.entries[at];
+        let entry = &mut self.sets[self.places[set as usize]][index(lin)];
         if hit(entry) {
             return Some(entry.add.wrapping_add(lin as usize));
         }
@@ -114,8 +125,8 @@ impl Tlb {
         }
         let victims = &mut self.victims[set as usize];
         let found = victims.iter().position(hit)?;
-        std::mem::swap(&mut victims[found], &mut self.entries[at]);
-        Some(self.entries[at].add.wrapping_add(lin as usize))
+        std::mem::swap(&mut victims[found], entry);
+        Some(entry.add.wrapping_add(lin as usize))
     }
 
     /// Adds a translation: reads allowed, writes if `write`.
@@ -126,13 +137,13 @@ impl Tlb {
             let (word, bit) = large_bit(lin >> shift);
             self.large[word] |= bit;
         }
-        let at = index(set as usize * SIZE, lin);
-        let old = self.entries[at];
+        let entry = &mut self.sets[self.places[set as usize]][index(lin)];
+        let old = *entry;
         if old.read & GEN_MASK == self.generation && old.read != tag {
             self.victims[set as usize][self.next_victim % VICTIMS] = old;
             self.next_victim = self.next_victim.wrapping_add(1);
         }
-        self.entries[at] = Entry {
+        *entry = Entry {
             read: tag,
             write: if write { tag } else { 0 },
             add: host.wrapping_sub(page as usize),
@@ -160,8 +171,8 @@ impl Tlb {
     }
 
     fn clear(&mut self) {
-        self.entries.fill(EMPTY);
-        self.victims = [[EMPTY; VICTIMS]; 4];
+        self.sets.iter_mut().for_each(|set| set.fill(EMPTY));
+        self.victims = [[EMPTY; VICTIMS]; 3];
         self.large = [0; 16];
         self.generation = 1;
         self.global_generation = 4;
@@ -178,15 +189,10 @@ impl Tlb {
             }
         }
         let page = lin >> 12;
-        for set in 0..3 {
-            let entry = &mut self.entries[index(set * SIZE, lin)];
+        let places = self.sets.iter_mut().map(|set| &mut set[index(lin)]);
+        for entry in places.chain(self.victims.iter_mut().flatten()) {
             if entry.meta >> 12 == page {
                 *entry = EMPTY;
-            }
-            for victim in &mut self.victims[set] {
-                if victim.meta >> 12 == page {
-                    *victim = EMPTY;
-                }
             }
         }
     }
@@ -214,8 +220,8 @@ mod tests {
     #[test]
     fn victims_come_back_and_pages_are_flushed() {
         let mut tlb = Tlb::new();
-        let alias = 1 << 25 | 3 << 12;
-        assert_eq!(index(0, alias), index(0, 0x1000));
+        let alias = 0x3ffe << 12;
+        assert_eq!(index(alias), index(0x1000));
         tlb.fill(Set::User, 0x1000, 0x5000, false, false, None);
         tlb.fill(Set::User, alias, 0x6000, false, false, None);
         assert_eq!(tlb.lookup(Set::User, 0x1000, false), Some(0x5000));
@@ -232,6 +238,31 @@ mod tests {
         tlb.fill(Set::Supervisor, 0x20_1000, 0x1000, true, true, Some(21));
         tlb.flush_page(0x3f_f000);
         assert_eq!(tlb.lookup(Set::Supervisor, 0x20_1000, true), None);
+    }
+
+    #[test]
+    fn a_selected_set_keeps_its_entries() {
+        let mut tlb = Tlb::new();
+        for set in [Set::User, Set::Smap, Set::Supervisor] {
+            tlb.fill(set, 0x1000, 0x5000 + set as usize, false, false, None);
+        }
+        for set in [Set::Supervisor, Set::User, Set::Smap, Set::Smap, Set::Supervisor, Set::Smap, Set::User] {
+            tlb.select(set);
+            let entry = *tlb.entry(0x1008);
+            assert_eq!(entry.read, tlb.tag(0x1008));
+            assert_eq!(entry.add.wrapping_add(0x1008), 0x5008 + set as usize);
+            assert_eq!(tlb.lookup(Set::Smap, 0x1000, false), Some(0x5001));
+        }
+    }
+
+    #[test]
+    fn adjacent_pages_have_different_places() {
+        for boundary in
+            (0..64).flat_map(|bit| (0..64).map(move |more| (1u64 << bit).wrapping_add(1 << more))).chain([0])
+        {
+            let page = boundary & !0xfff;
+            assert_ne!(index(page), index(page.wrapping_sub(1)), "{page:#x}");
+        }
     }
 
     #[test]
