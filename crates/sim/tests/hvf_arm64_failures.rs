@@ -27,6 +27,7 @@ const OBJECTS: [&str; 2] = ["hv_gic_config_create", "hv_gic_state_create"];
 const DEPTH: u32 = 4;
 
 const RAM: u64 = 0x4000_0000;
+const ICC_PMR: u16 = aarch64::sys_reg(3, 0, 4, 6, 0);
 
 mod word {
     pub(crate) const WFI: u32 = 0xd503_207f;
@@ -140,11 +141,15 @@ fn gic_scenario(api: &'static HvfArm64Api) -> VcpuResult<()> {
     drop(vcpu);
     drop(vm);
     let (mut vm, mut vcpu) = build(api, IrqChip::Kernel, &program)?;
+    vcpu.as_aarch64().expect("aarch64").set_sys_reg(ICC_PMR, 0xf0)?;
     vm.set_gic_state(&state)?;
     assert_eq!(vm.get_gic_state()?, state, "not restored yet, and yet there");
     assert!(matches!(vcpu.run()?, VcpuExit::Mmio { .. }));
     vcpu.quiesce()?;
-    vcpu.as_aarch64().expect("aarch64").restore_registers(&registers)?;
+    let arm = vcpu.as_aarch64().expect("aarch64");
+    assert_eq!(arm.get_sys_reg(ICC_PMR)?, 0xf0);
+    arm.restore_registers(&registers)?;
+    assert_eq!(arm.get_sys_reg(ICC_PMR)?, 0);
     assert_eq!(vm.get_gic_state()?, state);
     Ok(())
 }

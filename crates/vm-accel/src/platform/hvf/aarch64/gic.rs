@@ -12,8 +12,9 @@ use crate::accel::{AccelKind, IrqSink, MsiMessage};
 use crate::error::{AccelError, RawCode, VcpuResult};
 use crate::platform::hvf::check;
 use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{Gic, GicState, GicVersion, MsiFrame, PHYSICAL_TIMER_INTID, PMU_INTID, VIRTUAL_TIMER_INTID};
-use crate::regs::aarch64::{private_line, sys_reg};
+use crate::regs::aarch64::{
+    Gic, GicState, GicVersion, MsiFrame, PHYSICAL_TIMER_INTID, PMU_INTID, VIRTUAL_TIMER_INTID, private_line,
+};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, Object, gic};
@@ -25,7 +26,6 @@ pub(super) const FEATURE: u64 = 1 << 24;
 const MSIS: (u32, u32) = (Gic::INTERRUPTS, 64);
 /// Private interrupts that are the framework's: performance monitors, maintenance, EL2's timer, the timers.
 const RESERVED: [u32; 5] = [PMU_INTID, 25, 26, VIRTUAL_TIMER_INTID, PHYSICAL_TIMER_INTID];
-const SRE: u16 = sys_reg(3, 0, 12, 12, 5);
 
 fn absent() -> AccelError {
     AccelError::Unsupported { kind: Some(AccelKind::Hvf), what: "the framework's GIC (macOS 15)" }
@@ -195,7 +195,7 @@ impl IrqSink for Vm {
 
 /// A register of the CPU interface after reset.
 pub(super) fn interface_reset(register: u16) -> Option<u64> {
-    gic::ICC.contains(&register).then_some(if register == SRE { 7 } else { 0 })
+    gic::ICC.contains(&register).then_some(if register == gic::ICC_SRE_EL1 { 7 } else { 0 })
 }
 
 pub(super) fn interface(api: &HvfArm64Api, vcpu: u64, register: u16) -> VcpuResult<u64> {
@@ -204,7 +204,17 @@ pub(super) fn interface(api: &HvfArm64Api, vcpu: u64, register: u16) -> VcpuResu
     Ok(value)
 }
 
+/// Sets one, if that changes something: what cannot be written stays unasked.
 pub(super) fn set_interface(api: &HvfArm64Api, vcpu: u64, register: u16, value: u64) -> VcpuResult<()> {
+    let writable = match register {
+        gic::ICC_SRE_EL1 => 0,
+        // EOImode, CBPR (IHI 0069, 12.2.6).
+        gic::ICC_CTLR_EL1 => 3,
+        _ => u64::MAX,
+    };
+    if (interface(api, vcpu, register)? ^ value) & writable == 0 {
+        return Ok(());
+    }
     call!(api, hv_gic_set_icc_reg(vcpu, register, value))
 }
 
