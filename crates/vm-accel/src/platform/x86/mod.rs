@@ -94,6 +94,43 @@ pub(crate) struct Order {
     pub(crate) apic_base: u64,
 }
 
+/// An IN or OUT of which the platform told everything, so that nothing else need be loaded. Nothing else may happen with the
+/// instruction: no string, no trap or breakpoint behind it, no shadow that it ends, no event in delivery.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PortAccess {
+    pub(crate) port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub(crate) size: u8,
+    pub(crate) is_write: bool,
+    pub(crate) rax: u64,
+    pub(crate) rip: u64,
+    /// RIP behind it.
+    pub(crate) next: u64,
+}
+
+impl PortAccess {
+    /// What must not be set in RFLAGS: TF, RF.
+    const FLAGS: u64 = 1 << 8 | 1 << 16;
+
+    /// RIP behind an instruction of `length` bytes, if nothing in RFLAGS makes it more than a step and it does not reach the end
+    /// of a 16-bit or 32-bit segment.
+    #[allow(dead_code, reason = "as for `Left`")]
+    pub(crate) fn next(rip: u64, length: u8, flags: u64) -> Option<u64> {
+        let next = rip.wrapping_add(length.into());
+        (flags & Self::FLAGS == 0 && (1..=15).contains(&length) && (rip ^ next) >> 16 == 0).then_some(next)
+    }
+
+    /// RAX with what was read in its lowest bytes; 32 bits clear the upper half.
+    fn merge(&self, rax: u64, data: &[u8]) -> u64 {
+        let value = data.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        match self.size {
+            1 => rax & !0xff | value,
+            2 => rax & !0xffff | value,
+            _ => value,
+        }
+    }
+}
+
 /// How the guest was left.
 #[derive(Debug, Clone, Copy)]
 #[allow(dead_code, reason = "hosts without a hypervisor of this kind have the fallback only")]
@@ -103,6 +140,8 @@ pub(crate) enum Left {
     /// The instruction at RIP is to be executed by the emulator, which needs these groups besides GPR, SYSTEM and EVENTS;
     /// with MSR it is given the time-stamp counter, too.
     Emulate(Groups),
+    /// A port access without string and prefix; RIP is at it.
+    Port(PortAccess),
     /// Nobody need know of it: a cancellation, a spurious exit.
     Again,
     /// An exit that the platform alone knows.
@@ -155,6 +194,12 @@ pub(crate) trait Engine: Send {
 
     /// Enters the guest. `cpu` is the emulator; only an engine that is [`IN_PLACE`](Engine::IN_PLACE) may touch its state.
     fn enter(&mut self, cpu: &mut Cpu, order: &Order) -> VcpuResult<Left>;
+
+    /// Sets RIP, and RAX if it is given: the end of a [`Left::Port`]. May be repeated after an error.
+    fn finish_port(&mut self, rip: u64, rax: Option<u64>) -> VcpuResult<()> {
+        let _ = (rip, rax);
+        Ok(())
+    }
 
     /// Makes `enter` return soon, from any thread. Called again until it did; it may come when the guest is not entered, then it
     /// may end the next entry. Not called any more when the engine is dropped.
@@ -249,5 +294,31 @@ pub(crate) trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
     fn take_dirty(&self, gpa: u64, size: u64, words: &mut [u64]) -> VcpuResult<()> {
         let _ = (gpa, size, words);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_access_without_an_emulator_is_a_plain_step() {
+        const TF: u64 = 1 << 8;
+        const RF: u64 = 1 << 16;
+        assert_eq!(PortAccess::next(0x1000, 2, 0x202), Some(0x1002));
+        assert_eq!(PortAccess::next(0x1000, 2, TF), None);
+        assert_eq!(PortAccess::next(0x1000, 2, RF), None);
+        assert_eq!(PortAccess::next(0xffff, 1, 0), None, "a 16-bit IP wraps");
+        assert_eq!(PortAccess::next(u64::MAX, 1, 0), None);
+        assert_eq!(PortAccess::next(0x1000, 0, 0), None, "the platform did not tell");
+    }
+
+    #[test]
+    fn what_is_read_goes_into_the_lowest_bytes() {
+        let access = |size| PortAccess { port: 0, size, is_write: false, rax: 0, rip: 0, next: 1 };
+        let rax = 0x1122_3344_5566_7788;
+        assert_eq!(access(1).merge(rax, &[0xaa]), 0x1122_3344_5566_77aa);
+        assert_eq!(access(2).merge(rax, &[0xaa, 0xbb]), 0x1122_3344_5566_bbaa);
+        assert_eq!(access(4).merge(rax, &[1, 2, 3, 0x84]), 0x8403_0201);
     }
 }

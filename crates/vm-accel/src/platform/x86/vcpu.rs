@@ -4,7 +4,7 @@
 //! does when there is a local APIC, what is injected when, and the completion protocol's bookkeeping.
 
 use super::bus::{ApicBus, MsrTurn, nanoseconds};
-use super::{Engine, Groups, Left, Order, Platform, Shared};
+use super::{Engine, Groups, Left, Order, Platform, PortAccess, Shared};
 use crate::accel::{AccelKind, IoAddress};
 use crate::error::{AccelError, VcpuResult};
 use crate::platform::gate::Gate;
@@ -43,6 +43,8 @@ pub(crate) struct SoftVcpu<P: Platform> {
     pending: Option<PendingAccess>,
     /// What the guest wrote with the last exit, or the answer to its read.
     data: Vec<u8>,
+    /// The pending access is one that the emulator knows nothing of.
+    port: Option<PortAccess>,
     /// The pending access is of an MSR: where the instruction is, and whether the VMM refused it.
     asked_msr: Option<(u64, bool)>,
     msr_turn: Arc<Mutex<MsrTurn>>,
@@ -104,6 +106,7 @@ impl<P: Platform> SoftVcpu<P> {
             mp_state: if has_apic && id != 0 { MpState::Uninitialized } else { MpState::Runnable },
             pending: None,
             data: Vec::new(),
+            port: None,
             asked_msr: None,
             msr_turn,
             last_exit: None,
@@ -375,6 +378,14 @@ impl<P: Platform> SoftVcpu<P> {
             Left::Again => Ok(None),
             Left::Other(exit) => Ok(Some(exit)),
             Left::Exit(exit) => self.translate(exit),
+            Left::Port(access) => {
+                let PortAccess { port, size, is_write, rax, .. } = access;
+                self.last_exit = Some(Exit::Io { port, size, write: is_write });
+                self.data.clear();
+                self.data.extend_from_slice(&rax.to_le_bytes()[..if is_write { size.into() } else { 0 }]);
+                self.port = Some(access);
+                self.port_exit(port, size, is_write)
+            }
             Left::Emulate(groups) => {
                 self.load(groups | Groups::SYSTEM | Groups::EVENTS)?;
                 if groups.contains(Groups::MSR) {
@@ -407,13 +418,11 @@ impl<P: Platform> SoftVcpu<P> {
         self.last_exit = Some(exit);
         Ok(Some(match exit {
             Exit::Io { port, size, write } => {
-                if self.expect(IoAddress::Pio(port), u64::from(port), size, write)? {
-                    return Ok(None);
-                }
-                let direction = if write { IoDirection::Out } else { IoDirection::In };
-                VcpuExit::Io { port, direction, size }
+                self.take_data();
+                return self.port_exit(port, size, write);
             }
             Exit::Mmio { gpa, size, write } => {
+                self.take_data();
                 if self.expect(IoAddress::Mmio(gpa), gpa, size, write)? {
                     return Ok(None);
                 }
@@ -450,10 +459,20 @@ impl<P: Platform> SoftVcpu<P> {
         }))
     }
 
-    /// Notes the access that the emulator waits for. True if a doorbell took it: there is nothing to ask the VMM.
-    fn expect(&mut self, address: IoAddress, addr: u64, size: u8, is_write: bool) -> VcpuResult<bool> {
+    /// Takes what the emulator writes.
+    fn take_data(&mut self) {
         self.data.clear();
         self.data.extend_from_slice(self.cpu.get_mut().io_data());
+    }
+
+    fn port_exit(&mut self, port: u16, size: u8, is_write: bool) -> VcpuResult<Option<VcpuExit>> {
+        let is_taken = self.expect(IoAddress::Pio(port), port.into(), size, is_write)?;
+        let direction = if is_write { IoDirection::Out } else { IoDirection::In };
+        Ok((!is_taken).then_some(VcpuExit::Io { port, direction, size }))
+    }
+
+    /// Notes the access that the guest waits for. True if a doorbell took it: there is nothing to ask the VMM.
+    fn expect(&mut self, address: IoAddress, addr: u64, size: u8, is_write: bool) -> VcpuResult<bool> {
         self.pending = Some(PendingAccess { addr, len: size.into(), is_write, answered: is_write });
         if is_write { self.shared.ring(address, &self.data) } else { Ok(false) }
     }
@@ -477,17 +496,39 @@ impl<P: Platform> SoftVcpu<P> {
         VcpuExit::Msr { index, is_write }
     }
 
-    /// Gives the emulator what the VMM answered. The exit to which that leads, if any.
-    fn answer(&mut self) -> Option<Exit> {
+    /// Ends a port access that the emulator knows nothing of.
+    fn finish_port(&mut self, access: PortAccess) -> VcpuResult<()> {
+        let PortAccess { is_write, rax, rip, next, .. } = access;
+        if !self.held.get().contains(Groups::GPR) {
+            return self.engine.finish_port(next, (!is_write).then(|| access.merge(rax, &self.data)));
+        }
+        // The VMM has looked, and may have changed something.
+        let data = &self.data;
+        self.cpu.get_mut().update(|state| {
+            if state.rip == rip {
+                state.rip = next;
+                state.gpr[0] = if is_write { state.gpr[0] } else { access.merge(state.gpr[0], data) };
+            }
+        });
+        Ok(())
+    }
+
+    /// Gives the guest what the VMM answered. The exit to which that leads, if any.
+    fn answer(&mut self) -> VcpuResult<Option<Exit>> {
+        if let Some(access) = self.port {
+            self.finish_port(access)?;
+            (self.port, self.pending) = (None, None);
+            return Ok(None);
+        }
         let pending = self.pending.take();
         let rip = self.cpu.get_mut().state().rip;
         match self.asked_msr.take() {
             // Where the VMM has moved the program counter meanwhile nobody waits for the answer any more.
-            Some((at, _)) if at != rip => return None,
-            Some((_, true)) => return self.access_msr(MsrTurn::Answered(MsrAnswer::Fault)),
+            Some((at, _)) if at != rip => return Ok(None),
+            Some((_, true)) => return Ok(self.access_msr(MsrTurn::Answered(MsrAnswer::Fault))),
             Some((_, false)) => {
                 let value = u64::from_le_bytes(std::array::from_fn(|n| self.data.get(n).copied().unwrap_or(0)));
-                return self.access_msr(MsrTurn::Answered(MsrAnswer::Done(value)));
+                return Ok(self.access_msr(MsrTurn::Answered(MsrAnswer::Done(value))));
             }
             None if pending.is_some_and(|pending| !pending.is_write) => {
                 // As above.
@@ -495,7 +536,7 @@ impl<P: Platform> SoftVcpu<P> {
             }
             None => {}
         }
-        self.cpu.get_mut().quiesce()
+        Ok(self.cpu.get_mut().quiesce())
     }
 }
 
@@ -543,7 +584,7 @@ impl<P: Platform> VcpuOps for SoftVcpu<P> {
     fn quiesce(&mut self) -> VcpuResult<VcpuExit> {
         self.check_answered()?;
         loop {
-            let Some(exit) = self.answer() else {
+            let Some(exit) = self.answer()? else {
                 return Ok(VcpuExit::Interrupt);
             };
             let exit = if exit == Exit::Halted && self.has_apic { None } else { self.translate(exit)? };

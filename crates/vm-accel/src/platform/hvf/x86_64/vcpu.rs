@@ -6,7 +6,7 @@ use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::platform::hvf::check;
 use crate::platform::hvf::thread::{Owner, reap};
-use crate::platform::x86::{Engine, Groups, Left, Order, Shared};
+use crate::platform::x86::{Engine, Groups, Left, Order, PortAccess, Shared};
 use crate::regs::x86_debug::debug_registers;
 use crate::vcpu_common::{GuestDebug, VcpuExit};
 use std::cell::{Cell, OnceCell};
@@ -251,7 +251,8 @@ impl Link {
     }
 
     /// An event that was being delivered when the guest exited is delivered with the next entry (Intel SDM vol. 3, 28.2.4).
-    fn keep_event(&self) -> VcpuResult<()> {
+    /// True if there is one.
+    fn keep_event(&self) -> VcpuResult<bool> {
         /// Bits that are undefined there and must be 0 here.
         const UNDEFINED: u64 = 0x7fff_f000;
         let info = self.field(vmcs::IDT_VECTOR_INFO)?;
@@ -259,7 +260,7 @@ impl Link {
         // INT n and its like are executed again: RIP is at the instruction.
         let is_soft = kind > irq_info::HARD_EXCEPTION;
         if info as u32 & irq_info::VALID == 0 || is_soft {
-            return Ok(());
+            return Ok(false);
         }
         if info as u32 & irq_info::ERROR_VALID != 0 {
             self.write_field(vmcs::VMENTRY_EXC_ERROR, self.field(vmcs::IDT_VECTOR_ERROR)?)?;
@@ -269,7 +270,7 @@ impl Link {
             let held = self.field(vmcs::GUEST_INTERRUPTIBILITY)?;
             self.set_field(vmcs::GUEST_INTERRUPTIBILITY, held, held & !interruptibility::NMI)?;
         }
-        self.write_field(vmcs::VMENTRY_IRQ_INFO, info & !UNDEFINED)
+        self.write_field(vmcs::VMENTRY_IRQ_INFO, info & !UNDEFINED).map(|()| true)
     }
 }
 
@@ -357,7 +358,7 @@ impl VmxVcpu {
     }
 
     /// What the exit means.
-    fn left(&self, link: &Link, reason: u32) -> VcpuResult<Left> {
+    fn left(&self, link: &Link, reason: u32, has_event: bool) -> VcpuResult<Left> {
         if reason & exit::ENTRY_FAILED != 0 {
             return Err(AccelError::EntryFailed { kind: AccelKind::Hvf, reason: reason.into() });
         }
@@ -373,6 +374,10 @@ impl VmxVcpu {
             exit::MONITOR_TRAP => Left::Exit(Exit::Debug { vector: DB, dr6: DR6_BS }),
             exit::EPT_VIOLATION => self.violation(link)?,
             exit::RDMSR | exit::WRMSR => self.emulate(link, Groups::MSR)?,
+            exit::IO => match self.port_access(link, has_event)? {
+                Some(access) => Left::Port(access),
+                None => self.emulate(link, Groups::empty())?,
+            },
             exit::XSETBV => self.emulate(link, Groups::FPU)?,
             exit::MOV_DR => Left::Emulate(Groups::DEBUG),
             exit::TASK
@@ -384,7 +389,6 @@ impl VmxVcpu {
             | exit::RDTSCP
             | exit::VMCALL
             | exit::MOV_CR
-            | exit::IO
             | exit::MWAIT
             | exit::MONITOR
             | exit::WBINVD
@@ -395,6 +399,30 @@ impl VmxVcpu {
             | 53 => self.emulate(link, Groups::empty())?,
             _ => Left::Other(VcpuExit::Unknown),
         })
+    }
+
+    /// A port access that needs no emulator: a few fields tell all (Intel SDM vol. 3, 28.2.1, table "Exit Qualification for I/O
+    /// Instructions").
+    fn port_access(&self, link: &Link, has_event: bool) -> VcpuResult<Option<PortAccess>> {
+        const IN: u64 = 1 << 3;
+        const STRING_OR_REP: u64 = 3 << 4;
+        const DR7_ENABLED: u64 = 0xff;
+        const SHADOWS: u64 = interruptibility::STI | interruptibility::MOV_SS;
+        let qualification = link.field(vmcs::EXIT_QUALIFICATION)?;
+        let is_debugged = self.debugging.primary != 0 || self.debugging.hardware.is_some();
+        if has_event || is_debugged || qualification & STRING_OR_REP != 0 {
+            return Ok(None);
+        }
+        let (rip, flags) = (link.register(reg::RIP)?, link.register(reg::RFLAGS)?);
+        let length = link.field(vmcs::VMEXIT_INSTR_LEN)? as u8;
+        let shadow = link.field(vmcs::GUEST_INTERRUPTIBILITY)? & SHADOWS;
+        let armed = link.field(vmcs::GUEST_DR7)? & DR7_ENABLED;
+        let Some(next) = PortAccess::next(rip, length, flags).filter(|_| shadow | armed == 0) else {
+            return Ok(None);
+        };
+        let (size, is_write) = ((qualification & 7) as u8 + 1, qualification & IN == 0);
+        let port = (qualification >> 16) as u16;
+        Ok(Some(PortAccess { port, size, is_write, rax: link.register(reg::RAX)?, rip, next }))
     }
 
     /// The emulator's turn. It needs the debug registers where it may hit one.
@@ -452,11 +480,17 @@ impl Engine for VmxVcpu {
         }
         let link = self.link()?;
         let reason = link.field(vmcs::EXIT_REASON)? as u32;
-        link.keep_event()?;
-        let left = self.left(link, reason);
+        let has_event = link.keep_event()?;
+        let left = self.left(link, reason, has_event);
         self.reason = Some(reason);
         self.unread = matches!(left, Err(AccelError::Backend { .. }));
         left
+    }
+
+    fn finish_port(&mut self, rip: u64, rax: Option<u64>) -> VcpuResult<()> {
+        let link = self.link()?;
+        rax.map_or(Ok(()), |rax| link.write_register(reg::RAX, rax))?;
+        link.write_register(reg::RIP, rip)
     }
 
     fn canceller(&self) -> Option<Box<dyn Fn() + Send + Sync>> {

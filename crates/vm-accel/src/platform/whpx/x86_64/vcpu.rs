@@ -13,7 +13,7 @@ use crate::accel::{AccelKind, MemoryFlags};
 use crate::error::{AccelError, VcpuResult};
 use crate::platform::soft_apic::lock;
 use crate::platform::whpx::partition::is_code;
-use crate::platform::x86::{Engine, Groups, Left, Order, PlatformApic, Shared};
+use crate::platform::x86::{Engine, Groups, Left, Order, PlatformApic, PortAccess, Shared};
 use crate::regs::x86_64::{FXSAVE_SIZE, MpState, X86FpuRegs};
 use crate::vcpu_common::VcpuExit;
 use std::cell::RefCell;
@@ -136,9 +136,9 @@ impl Processor {
         Ok(true)
     }
 
-    /// What a cancellation met.
-    fn canceled(&self) -> VcpuResult<Left> {
-        if self.has_apic || self.halt_leaves || self.activity()?.halt_suspend() == 0 {
+    /// What a cancellation met. An event in delivery ends HLT, so with one there is nothing to tell.
+    fn canceled(&self, event_pending: bool) -> VcpuResult<Left> {
+        if self.has_apic || self.halt_leaves || event_pending || self.activity()?.halt_suspend() == 0 {
             return Ok(Left::Again);
         }
         // That it may not be written without an APIC does no harm: an event in delivery ends HLT.
@@ -158,6 +158,18 @@ impl Processor {
             false => Left::Emulate(Groups::FPU | Groups::DEBUG | Groups::MSR),
         }
     }
+}
+
+/// A port access of which the context tells all that there is to know.
+fn port_access(context: &ExitContext) -> Option<PortAccess> {
+    let (state, (info, payload)) = (context.execution_state(), context.io_access());
+    let is_more = info.string_op() | info.rep_prefix() != 0
+        || state.debug_active() | state.interruption_pending() | state.interrupt_shadow() != 0;
+    let rip = context.rip();
+    let next = PortAccess::next(rip, context.instruction_length(), context.rflags()).filter(|_| !is_more)?;
+    let (size, is_write) = (info.access_size() as u8, info.is_write() != 0);
+    let access = PortAccess { port: payload.PortNumber, size, is_write, rax: payload.Rax, rip, next };
+    matches!(size, 1 | 2 | 4).then_some(access)
 }
 
 impl PlatformApic for Processor {
@@ -261,16 +273,15 @@ impl Engine for Processor {
         self.partition.run(self.vp, &mut context)?;
         self.last_exit = context.reason();
         self.extras[CR8] = Some(context.cr8().into());
+        let is_pending = context.execution_state().interruption_pending() != 0;
         #[allow(non_upper_case_globals, reason = "the platform's names")]
         Ok(match context.reason() {
             WHvRunVpExitReasonMemoryAccess => {
-                let is_pending = context.execution_state().interruption_pending() != 0;
                 let (info, payload) = context.memory_access();
                 self.memory_access(info, payload.Gpa, is_pending)
             }
-            WHvRunVpExitReasonX64IoPortAccess | WHvRunVpExitReasonX64Cpuid | WHvRunVpExitReasonHypercall => {
-                Left::Emulate(Groups::DEBUG)
-            }
+            WHvRunVpExitReasonX64IoPortAccess => port_access(&context).map_or(Left::Emulate(Groups::DEBUG), Left::Port),
+            WHvRunVpExitReasonX64Cpuid | WHvRunVpExitReasonHypercall => Left::Emulate(Groups::DEBUG),
             WHvRunVpExitReasonX64MsrAccess => Left::Emulate(Groups::DEBUG | Groups::MSR),
             WHvRunVpExitReasonX64Halt => {
                 // With the platform's APIC nothing leaves for HLT; if something does, the platform is told to wait.
@@ -287,12 +298,18 @@ impl Engine for Processor {
                 Left::Again
             }
             WHvRunVpExitReasonNone => Left::Again,
-            WHvRunVpExitReasonCanceled => self.canceled()?,
+            WHvRunVpExitReasonCanceled => self.canceled(is_pending)?,
             WHvRunVpExitReasonInvalidVpRegisterValue => {
                 return Err(AccelError::EntryFailed { kind: AccelKind::Whpx, reason: context.reason() as u64 });
             }
             _ => Left::Other(VcpuExit::Unknown),
         })
+    }
+
+    fn finish_port(&mut self, rip: u64, rax: Option<u64>) -> VcpuResult<()> {
+        let values = [rip, rax.unwrap_or(0)].map(RegisterValue::from_u64);
+        let names = [WHvX64RegisterRip, WHvX64RegisterRax];
+        self.partition.set(self.vp, &names[..1 + usize::from(rax.is_some())], &values)
     }
 
     fn canceller(&self) -> Option<Box<dyn Fn() + Send + Sync>> {
