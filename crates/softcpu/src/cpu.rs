@@ -320,6 +320,11 @@ impl Cpu {
             let which = match leave {
                 Leave::Taken => 0,
                 Leave::Fall => 1,
+                Leave::Early => {
+                    let left = &block.ops[block.ops.len() - core.left..];
+                    core.icount -= left.iter().map(|op| u64::from(op.count)).sum::<u64>();
+                    1
+                }
                 Leave::Indirect => {
                     match self.cache.find(core, core.st.rip) {
                         Ok(next) => id = next,
@@ -328,14 +333,14 @@ impl Cpu {
                     continue;
                 }
                 _ => {
-                    // How many instructions of the block were not begun, and where the last one is.
-                    let done = block.ops.len() - core.left;
-                    let (off, len) = block.ops.get(done - 1).map_or((0, 0), |op| (op.off, op.len));
-                    core.icount = core.icount.wrapping_sub(u64::from(block.count).saturating_sub(done as u64));
-                    let stack = block.ops.get(done - 1).is_some_and(|op| op.sc & crate::exec::SC_STACK != 0);
-                    let rip = core.block_rip.wrapping_add(u64::from(off));
+                    // The last record that was begun. Of several instructions in one, only the first leaves here.
+                    let begun = &block.ops[block.ops.len() - core.left - 1..];
+                    let op = begun[0];
+                    let count: u64 = begun.iter().map(|op| u64::from(op.count)).sum();
+                    core.icount -= (count - 1).min(block.count.into());
+                    let rip = core.block_rip.wrapping_add(u64::from(op.off));
                     match leave {
-                        Leave::Next => core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(len))),
+                        Leave::Next => core.st.rip = core.wrap_rip(rip.wrapping_add(u64::from(op.len))),
                         Leave::Jump => {}
                         Leave::Stale => {
                             core.st.rip = core.block_rip;
@@ -351,7 +356,11 @@ impl Cpu {
                                 self.poll = true;
                                 return Pause::Look;
                             }
-                            core.resolve_canonical(stack);
+                            core.resolve_canonical(op.sc & crate::exec::SC_STACK != 0);
+                            if matches!(core.trap, Trap::StepAlone | Trap::Exit(Exit::Intercept(_), _)) {
+                                // It counts when it really runs.
+                                core.icount -= 1;
+                            }
                             return self.trapped();
                         }
                     }
@@ -488,7 +497,7 @@ impl Cpu {
         let mut again = false;
         match leave {
             Ok(()) | Err(Leave::Next) => core.st.rip = next,
-            Err(Leave::Fall) => core.st.rip = targets[1],
+            Err(Leave::Fall | Leave::Early) => core.st.rip = targets[1],
             Err(Leave::Taken) => core.st.rip = targets[0],
             Err(Leave::Indirect | Leave::Jump) => {}
             Err(Leave::Again | Leave::Stale) => again = true,

@@ -11,6 +11,9 @@ use crate::exec::{self, Exec, FAMILIES, Handler, Need, Op, thread};
 const OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::NO_WBNOINVD;
 /// Longest block in instructions.
 const MAX_INSNS: usize = 48;
+/// A loop that is one block is repeated in it, up to so many times and so many records.
+const MAX_ROUNDS: usize = 8;
+const MAX_RECORDS: usize = 32;
 
 /// A block without its place in the cache.
 #[derive(Debug)]
@@ -148,17 +151,24 @@ pub(crate) fn block(core: &Core, rip: u64, bytes: &[u8]) -> Option<Decoded> {
     let mut ops = Vec::with_capacity(insns.len());
     let mut at = 0;
     while at < insns.len() {
-        let insn = &insns[at];
-        if at + 2 == insns.len() {
-            if let Some(op) = exec::fuse(core.mode, insn, &insns[at + 1], offset(insn)) {
-                // Two instructions in one record, always the last.
-                ops.push(op);
-                break;
-            }
-        }
-        ops.push(lower(core, insn, offset(insn), &insns[at + 1..]));
-        at += 1;
+        let off = offset(&insns[at]);
+        let op =
+            exec::fuse(core.mode, &insns[at..], off).unwrap_or_else(|| lower(core, &insns[at], off, &insns[at + 1..]));
+        at += usize::from(op.count);
+        ops.push(op);
     }
     let len = insns.iter().map(Instruction::len).sum();
-    Some(Decoded { ops, count: insns.len() as u32, targets: targets(core.mode, &last), len })
+    let targets = targets(core.mode, &last);
+    let mut rounds = 1;
+    if last.is_jcc_short_or_near() && targets[0] == rip {
+        // What leads from one block to the next is paid for once in several rounds.
+        rounds = (MAX_RECORDS / ops.len()).clamp(1, MAX_ROUNDS);
+        let round: Vec<Op> = ops.clone();
+        if let Some(op) = ops.last_mut() {
+            (op.branch, op.thread) = (op.thread, thread::round);
+        }
+        ops = ops.repeat(rounds - 1);
+        ops.extend(round);
+    }
+    Some(Decoded { ops, count: (insns.len() * rounds) as u32, targets, len })
 }

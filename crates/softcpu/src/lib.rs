@@ -43,6 +43,8 @@
 //! # }
 //! ```
 
+#[cfg(test)]
+mod block_tests;
 mod bus;
 mod cache;
 mod core;

@@ -83,7 +83,7 @@ impl Core {
     #[inline(always)]
     pub(crate) fn read<T: Mem>(&mut self, lin: u64) -> Exec<T> {
         let entry = self.tlb.entry(lin);
-        // The tag of the last byte: an access that crosses the page cannot match.
+        // The tag of the last byte: an access that crosses the page cannot match, see `tlb::index`.
         if entry.read == self.tlb.tag(lin.wrapping_add(T::SIZE - 1)) {
             // SAFETY: the entry is of this generation, so the page is mapped, and the access stays in it.
             Ok(unsafe { host_read(entry.add.wrapping_add(lin as usize)) })
@@ -105,21 +105,12 @@ impl Core {
         }
     }
 
-    /// The memory operand of an instruction of flat 64-bit code, under the same condition.
-    #[inline(always)]
-    pub(crate) fn hit_operand<T: Word>(&self, op: &Op) -> Option<u64> {
-        if op.am == 0 { self.hit_read::<T>(self.offset(op)) } else { None }
-    }
-
-    /// As [`Core::hit_operand`], for an operand of any size; `ALIGNED`: 16 bytes that must be.
+    /// The memory operand if the TLB has it, for threads: `op.am` is 0. `ALIGNED`: 16 bytes that must be.
     #[inline(always)]
     pub(crate) fn hit_load<T: Mem, const ALIGNED: bool>(&self, op: &Op) -> Option<T> {
         let lin = self.offset(op);
         let entry = self.tlb.entry(lin);
-        if op.am != 0
-            || entry.read != self.tlb.tag(lin.wrapping_add(T::SIZE - 1))
-            || ALIGNED && lin & (T::SIZE - 1) != 0
-        {
+        if entry.read != self.tlb.tag(lin.wrapping_add(T::SIZE - 1)) || ALIGNED && lin & (T::SIZE - 1) != 0 {
             return None;
         }
         // SAFETY: as in `read`.
@@ -131,9 +122,7 @@ impl Core {
     pub(crate) fn hit_store<T: Mem, const ALIGNED: bool>(&mut self, op: &Op, value: T) -> bool {
         let lin = self.offset(op);
         let entry = self.tlb.entry(lin);
-        let hit = op.am == 0
-            && entry.write == self.tlb.tag(lin.wrapping_add(T::SIZE - 1))
-            && (!ALIGNED || lin & (T::SIZE - 1) == 0);
+        let hit = entry.write == self.tlb.tag(lin.wrapping_add(T::SIZE - 1)) && (!ALIGNED || lin & (T::SIZE - 1) == 0);
         if hit {
             // SAFETY: as in `write`.
             unsafe { host_write(entry.add.wrapping_add(lin as usize), value) };
@@ -360,7 +349,7 @@ impl Core {
     #[inline(always)]
     pub(crate) fn offset(&self, op: &Op) -> u64 {
         self.st.gpr[usize::from(op.b & 31)]
-            .wrapping_add(self.st.gpr[usize::from(op.i & 31)] << (op.sc & 3))
+            .wrapping_add(self.st.gpr[usize::from(op.i & 31)].wrapping_mul(u64::from(op.mul)))
             .wrapping_add(op.disp)
     }
 

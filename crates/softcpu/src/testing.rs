@@ -44,6 +44,19 @@ impl Memory {
         std::array::from_fn(|i| unsafe { self.host().add(gpa as usize + i).read_volatile() })
     }
 
+    /// Whether these bytes are at an address.
+    pub(crate) fn starts_with(&self, gpa: u64, bytes: &[u8]) -> bool {
+        (gpa..).zip(bytes).all(|(at, byte)| self.read::<1>(at) == [*byte])
+    }
+
+    /// The first address from which this memory differs from another.
+    pub(crate) fn difference(&self, other: &Memory) -> Option<u64> {
+        let words = |m: &Memory| (m.host() as usize - m.0.as_ptr() as usize) / 8;
+        let (own, others) = (&self.0[words(self)..], &other.0[words(other)..]);
+        let load = |cell: &std::sync::atomic::AtomicU64| cell.load(std::sync::atomic::Ordering::Relaxed);
+        (0..RAM / 8).find(|&i| load(&own[i]) != load(&others[i])).map(|i| i as u64 * 8)
+    }
+
     pub(crate) fn read_u64(&self, gpa: u64) -> u64 {
         u64::from_le_bytes(self.read(gpa))
     }

@@ -2,9 +2,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::form::{Word, by_size, size0};
+use super::form::{Word, by_size, number, size0};
 use super::thread::{self, Thread, thread_by_size};
-use super::{Exec, Form, Handler, Leave, Op};
+use super::{Exec, Form, Handler, Leave, NO_REG, Op};
 use crate::core::Core;
 use crate::flags::{Flags, kind};
 
@@ -103,16 +103,16 @@ fn binary<T: Word, const OP: u8, const F: u8, const LOCK: bool>(cpu: &mut Core, 
 fn quick<T: Word, const OP: u8, const F: u8, const FLAGS: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
     let carry = carry_in::<OP>(cpu);
     let (a, b) = match F {
-        RR => (cpu.reg::<T>(op.d), cpu.reg::<T>(op.s)),
-        RI => (cpu.reg::<T>(op.d), T::cut(op.imm)),
-        RM => match cpu.hit_operand::<T>(op) {
+        RR => (cpu.reg::<T>(op.a), cpu.reg::<T>(op.s)),
+        RI => (cpu.reg::<T>(op.a), T::cut(op.imm)),
+        RM => match cpu.hit_read::<T>(cpu.offset(op)) {
             Some(b) => (cpu.reg::<T>(op.d), b),
             None => return thread::plain(cpu, op, rest),
         },
         _ => {
             let b = T::cut(if F == MR { cpu.reg::<T>(op.s) } else { op.imm });
             let hit = if OP == CMP || OP == TEST {
-                cpu.hit_operand::<T>(op)
+                cpu.hit_read::<T>(cpu.offset(op))
             } else {
                 cpu.hit_rmw::<T>(cpu.offset(op), |a| compute::<T, OP>(a, b, carry))
             };
@@ -149,7 +149,7 @@ fn unary<T: Word, const OP: u8, const M: bool, const LOCK: bool>(cpu: &mut Core,
 /// INC and its like on a register, as a thread.
 fn quick_unary<T: Word, const OP: u8>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
     let carry = carry_in::<OP>(cpu);
-    let a = cpu.reg::<T>(op.d);
+    let a = cpu.reg::<T>(op.a);
     let r = compute::<T, OP>(a, 0, 0);
     cpu.set_reg::<T>(op.d, r);
     set_flags::<T, OP>(cpu, a, r, carry);
@@ -258,12 +258,16 @@ fn fused<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &
     let carry = carry_in::<OP>(cpu);
     let memory = if F < RM {
         0
-    } else if let Some(value) = cpu.hit_operand::<T>(op) {
+    } else if let Some(value) = cpu.hit_read::<T>(cpu.offset(op)) {
         value
     } else {
         return fused_general::<T, OP, F>(cpu, op, CC);
     };
-    let a = if F == MR || F == MI { memory } else { cpu.reg::<T>(op.d) };
+    let a = match F {
+        MR | MI => memory,
+        RM => cpu.reg::<T>(op.d),
+        _ => cpu.reg::<T>(op.a),
+    };
     let b = match F {
         RR | MR => cpu.reg::<T>(op.s),
         RM => memory,
@@ -329,6 +333,52 @@ fn pick_arithmetic<const OP: u8, const F: u8>(insn: &Instruction, cc: u8) -> Opt
         8 => by_condition!(cc, [2 3 4 5 8 9], fused::<u64, OP, F>),
         _ => return None,
     })
+}
+
+/// Adds to a register, compares it, and branches.
+fn counted<T: Word, const OP: u8, const F: u8, const CC: u8>(cpu: &mut Core, op: &Op, _: &[Op]) -> Leave {
+    // The addend is a register or a displacement; the other is zero.
+    let a = T::cut(cpu.reg::<u64>(op.d).wrapping_add(cpu.reg::<u64>(op.b)).wrapping_add(op.disp));
+    let b = if F == RR { cpu.reg::<T>(op.s) } else { T::cut(op.imm) };
+    cpu.set_reg::<T>(op.d, a);
+    let r = compute::<T, OP>(a, b, 0);
+    set_flags::<T, OP>(cpu, a, r, 0);
+    if holds::<T, OP, CC>(cpu, a, b, r) { Leave::Taken } else { Leave::Fall }
+}
+
+/// The thread for an addition to a register, its comparison and the conditional branch behind it, with the register that is added
+/// and the constant.
+pub(super) fn fuse_counted(add: &Instruction, cmp: &Instruction, jcc: &Instruction) -> Option<(Thread, u8, u64)> {
+    let compared = cmp.mnemonic() == Mnemonic::Cmp
+        && match Form::of(cmp) {
+            Form::Reg => cmp.op1_register() != cmp.op0_register(),
+            form => form == Form::RegImm,
+        };
+    if !compared || add.op_count() == 0 || add.op0_register() != cmp.op0_register() {
+        return None;
+    }
+    let (b, disp) = match (add.mnemonic(), Form::of(add)) {
+        (Mnemonic::Add, Form::RegImm) => (NO_REG, add.immediate(1)),
+        (Mnemonic::Sub, Form::RegImm) => (NO_REG, add.immediate(1).wrapping_neg()),
+        (Mnemonic::Add, Form::Reg) => (number(add.op1_register()), 0),
+        (Mnemonic::Inc, Form::Reg) => (NO_REG, 1),
+        (Mnemonic::Dec, Form::Reg) => (NO_REG, u64::MAX),
+        _ => return None,
+    };
+    let cc = condition_number(jcc)?;
+    macro_rules! of_form {
+        ($t:ty, $f:ident) => {
+            by_condition!(cc, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15], counted::<$t, CMP, $f>)
+        };
+    }
+    let thread = match (size0(cmp), Form::of(cmp)) {
+        (4, Form::Reg) => of_form!(u32, RR),
+        (4, _) => of_form!(u32, RI),
+        (8, Form::Reg) => of_form!(u64, RR),
+        (8, _) => of_form!(u64, RI),
+        _ => return None,
+    };
+    Some((thread, b, disp))
 }
 
 /// One record for `insn` and the conditional branch `jcc` behind it, if they fuse.

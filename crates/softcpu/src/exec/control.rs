@@ -249,7 +249,7 @@ fn quick_call(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
 }
 
 fn quick_jmp_indirect<const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
-    let target = if M { cpu.hit_operand::<u64>(op) } else { Some(cpu.reg::<u64>(op.d)) };
+    let target = if M { cpu.hit_read::<u64>(cpu.offset(op)) } else { Some(cpu.reg::<u64>(op.d)) };
     match target.filter(|rip| canonical(*rip)) {
         Some(rip) => {
             cpu.st.rip = rip;

@@ -4,7 +4,7 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::condition_number;
-use super::form::{Word, by_size, has_memory, size0};
+use super::form::{Word, by_size, has_memory, number, size0};
 use super::thread::{self, Thread, thread_by_size};
 use super::{Exec, Form, Handler, Leave, Op};
 use crate::core::Core;
@@ -351,7 +351,7 @@ fn quick_mov_mi<T: Word>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
 fn quick_extend<D: Word, S: Word, const SIGNED: bool, const M: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
     let value = if !M {
         cpu.reg::<S>(op.s)
-    } else if let Some(value) = cpu.hit_operand::<S>(op) {
+    } else if let Some(value) = cpu.hit_read::<S>(cpu.offset(op)) {
         value
     } else {
         return thread::plain(cpu, op, rest);
@@ -381,6 +381,44 @@ fn quick_setcc(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
 
 fn quick_nop(cpu: &mut Core, _: &Op, rest: &[Op]) -> Leave {
     thread::next(cpu, rest)
+}
+
+/// The register that `mov` copies to the one that `insn` behind it changes, if they can be one record: a thread of `insn` takes
+/// its first operand from `Op::a`, needs no memory and never fails.
+pub(super) fn copied(mov: &Instruction, insn: &Instruction) -> Option<u8> {
+    let wide = |insn: &Instruction| {
+        insn.op_count() > 0 && insn.op0_kind() == OpKind::Register && insn.op0_register().is_gpr() && size0(insn) >= 4
+    };
+    let fits = mov.mnemonic() == Mnemonic::Mov
+        && (wide(mov) && wide(insn))
+        && Form::of(mov) == Form::Reg
+        && mov.op1_register().is_gpr()
+        && size0(mov) >= size0(insn)
+        && mov.op0_register().full_register() == insn.op0_register().full_register()
+        && matches!(Form::of(insn), Form::Reg | Form::RegImm)
+        && insn.op_count() < 3;
+    let changes = matches!(
+        insn.mnemonic(),
+        Mnemonic::Add
+            | Mnemonic::Adc
+            | Mnemonic::And
+            | Mnemonic::Dec
+            | Mnemonic::Imul
+            | Mnemonic::Inc
+            | Mnemonic::Neg
+            | Mnemonic::Not
+            | Mnemonic::Or
+            | Mnemonic::Rol
+            | Mnemonic::Ror
+            | Mnemonic::Sal
+            | Mnemonic::Sar
+            | Mnemonic::Sbb
+            | Mnemonic::Shl
+            | Mnemonic::Shr
+            | Mnemonic::Sub
+            | Mnemonic::Xor
+    );
+    (fits && changes).then(|| number(mov.op1_register()))
 }
 
 /// Threads for zero and sign extension, and for loads, which extend nothing.

@@ -194,7 +194,10 @@ impl Op {
         for k in 0..insn.op_count() {
             let kind = insn.op_kind(k);
             match kind {
-                OpKind::Register if k == 0 => op.d = number(insn.op_register(0)),
+                OpKind::Register if k == 0 => {
+                    op.d = number(insn.op_register(0));
+                    op.a = op.d;
+                }
                 OpKind::Register if k == 1 => op.s = number(insn.op_register(1)),
                 // MASKMOVDQU and MASKMOVQ: operand 0 is implicit memory, the mask register takes its place.
                 OpKind::Register if k == 2 && op.d == NO_REG => op.d = number(insn.op_register(2)),
@@ -233,7 +236,7 @@ impl Op {
         let base = insn.memory_base();
         self.b = if insn.is_ip_rel_memory_operand() { NO_REG } else { number(base) };
         self.i = number(insn.memory_index());
-        self.sc = insn.memory_index_scale().trailing_zeros() as u8;
+        self.mul = insn.memory_index_scale() as u8;
         let address = match base.size().max(insn.memory_index().size()) {
             0 if code64 => (insn.memory_displ_size() as usize).max(4),
             0 if insn.memory_displ_size() == 2 => 2,

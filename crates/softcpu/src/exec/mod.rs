@@ -49,7 +49,7 @@ pub(crate) mod xsave;
 
 use iced_x86::Instruction;
 
-use crate::core::{Core, mode};
+use crate::core::{Core, Trap, mode};
 use crate::exception::Exception;
 use crate::state::cr4;
 
@@ -66,6 +66,8 @@ pub(crate) enum Leave {
     Taken,
     /// The direct branch of this block is not taken.
     Fall,
+    /// The same in a round of a loop that is not the last of its block; `Core::left` says how many records were not begun.
+    Early,
     /// An indirect jump in the same mode; RIP is set.
     Indirect,
     /// Done; continue with the next instruction, but what it may do has changed (events, mode, flags): look everything up.
@@ -98,11 +100,13 @@ pub(crate) const AM_16: u8 = 0x20;
 /// `Op::sc`: the memory operand is relative to the stack segment.
 pub(crate) const SC_STACK: u8 = 0x80;
 
-/// One decoded instruction (or two, fused).
+/// One decoded instruction, or several, fused: only the first of those may fault.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Op {
     /// How it runs in a block.
     pub(crate) thread: Thread,
+    /// The branch of a loop that `thread` goes round: see `thread::round`.
+    pub(crate) branch: Thread,
     /// How it runs in general.
     pub(crate) f: Handler,
     /// Immediate; the return address of a near call.
@@ -113,18 +117,24 @@ pub(crate) struct Op {
     pub(crate) d: u8,
     /// Register operand 1.
     pub(crate) s: u8,
+    /// The register that is changed, before: operand 0, unless a MOV to it is part of the record.
+    pub(crate) a: u8,
     /// Base register of the memory operand, or `NO_REG`.
     pub(crate) b: u8,
     /// Index register of the memory operand, or `NO_REG`.
     pub(crate) i: u8,
-    /// log2 of the index scale, and `SC_STACK`.
+    /// Factor of the index.
+    pub(crate) mul: u8,
+    /// The condition in bits 3 to 6, and `SC_STACK`.
     pub(crate) sc: u8,
     /// Segment and address size; 0 is the fast case, flat with 64-bit addresses.
     pub(crate) am: u8,
     /// Offset of the instruction from the start of the block.
     pub(crate) off: u8,
-    /// Length of the instruction in bytes.
+    /// Length in bytes.
     pub(crate) len: u8,
+    /// Instructions: more than one if they are fused.
+    pub(crate) count: u8,
 }
 
 /// What a family needs to be enabled, checked when a block is decoded.
@@ -179,17 +189,21 @@ impl Op {
     pub(crate) fn nothing(f: Handler) -> Op {
         Op {
             thread: thread::plain,
+            branch: thread::plain,
             f,
             imm: 0,
             disp: 0,
             d: NO_REG,
             s: NO_REG,
+            a: NO_REG,
             b: NO_REG,
             i: NO_REG,
+            mul: 1,
             sc: 0,
             am: 0,
             off: 0,
             len: 0,
+            count: 1,
         }
     }
 }
@@ -203,16 +217,47 @@ pub(crate) fn adjust(bits: u32, insn: &Instruction, op: &mut Op) {
     }
 }
 
-/// One record for two instructions, the second of which is a conditional branch, if there is a handler for the pair.
-pub(crate) fn fuse(bits: u32, insn: &Instruction, jcc: &Instruction, off: u8) -> Option<Op> {
-    if !jcc.is_jcc_short_or_near() {
-        return None;
+/// The handler of records of several instructions, should a thread need one: they run one by one.
+fn apart(cpu: &mut Core, _: &Op) -> Exec {
+    cpu.trap(Trap::StepAlone)
+}
+
+/// One record for the first instructions of `insns`, which go on to the end of the block, if there is one:
+///
+/// * an operation or comparison and the conditional branch behind it, which ends the block; with them, what loops end with:
+///   an addition before the comparison;
+/// * MOV from register to register and an operation that changes the copy. Together they have three operands.
+pub(crate) fn fuse(bits: u32, insns: &[Instruction], off: u8) -> Option<Op> {
+    let record = |main: &Instruction, thread: Thread, count: usize| {
+        let len = insns[..count].iter().map(Instruction::len).sum::<usize>() as u8;
+        let op = Op::new(main, apart, off, bits & mode::CODE64 != 0);
+        Op { thread, len, count: count as u8, ..op }
+    };
+    // The same with another register to begin with.
+    let copied = |source: u8, op: Op| Op { a: source, s: if op.s == op.d { source } else { op.s }, ..op };
+    let branches = |insn: &Instruction| insn.is_jcc_short_or_near();
+    match insns {
+        [insn, jcc] if branches(jcc) => {
+            let op = record(insn, alu::fuse(insn, jcc)?, 2);
+            return (op.am == 0).then_some(op);
+        }
+        [add, cmp, jcc] if branches(jcc) => {
+            if let Some((thread, b, disp)) = alu::fuse_counted(add, cmp, jcc) {
+                return Some(Op { b, disp, ..record(cmp, thread, 3) });
+            }
+            if let (Some(source), Some(thread)) = (data::copied(add, cmp), alu::fuse(cmp, jcc)) {
+                return Some(copied(source, record(cmp, thread, 3)));
+            }
+        }
+        _ => {}
     }
-    let thread = alu::fuse(insn, jcc)?;
-    // The handler is that of the first instruction alone, and nothing runs it: see `alu::fused`.
-    let mut op = Op { thread, ..Op::new(insn, alu::lower(insn)?, off, bits & mode::CODE64 != 0) };
-    adjust(bits, insn, &mut op);
-    Some(op)
+    let [mov, insn, behind @ ..] = insns else {
+        return None;
+    };
+    let source = data::copied(mov, insn)?;
+    let op = record(insn, thread::plain, 2);
+    let thread = thread::of(bits, insn, &op, thread::dead_flags(behind))?;
+    Some(copied(source, Op { thread, ..op }))
 }
 
 impl Core {

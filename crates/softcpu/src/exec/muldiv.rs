@@ -183,7 +183,7 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
 
 /// IMUL of registers as a thread.
 fn quick_imul<T: Word, const IMM: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
-    let a = if IMM { T::cut(op.imm) } else { cpu.reg::<T>(op.d) };
+    let a = if IMM { T::cut(op.imm) } else { cpu.reg::<T>(op.a) };
     let product = i128::from(T::sign_extend(a)) * i128::from(T::sign_extend(cpu.reg::<T>(op.s)));
     let low = T::cut(product as u64);
     cpu.set_reg::<T>(op.d, low);

@@ -200,7 +200,7 @@ pub(crate) fn lower(insn: &Instruction) -> Option<Handler> {
 
 /// A shift or rotation of a register by a constant that is not zero, as a thread.
 fn quick<T: Word, const OP: u8, const FLAGS: bool>(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
-    let a = cpu.reg::<T>(op.d);
+    let a = cpu.reg::<T>(op.a);
     let (r, cf, of) = shift::<T, OP>(a, op.imm as u32 & if T::BITS == 64 { 63 } else { 31 }, false);
     if FLAGS {
         let bits = if cf { CF } else { 0 } | if of { OF } else { 0 };

@@ -17,8 +17,8 @@ use crate::core::{Core, mode};
 /// The code of a record in a block: what it is called with is the record and those behind it.
 pub(crate) type Thread = fn(&mut Core, &Op, &[Op]) -> Leave;
 
-/// Runs the records of a block from the first; answers how it was left. Unless that is `Taken` or `Fall`, `Core::left` says how
-/// many records were not begun.
+/// Runs the records of a block from the first; answers how it was left. Unless that is `Taken`, `Fall` or `Indirect`, `Core::left`
+/// says how many records were not begun.
 #[inline(always)]
 pub(crate) fn next(cpu: &mut Core, rest: &[Op]) -> Leave {
     match rest.split_first() {
@@ -43,6 +43,17 @@ pub(crate) fn plain(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
 #[inline(always)]
 pub(crate) fn done(cpu: &mut Core, op: &Op, rest: &[Op], done: bool) -> Leave {
     if done { next(cpu, rest) } else { plain(cpu, op, rest) }
+}
+
+/// The branch of a loop that is one block, when the block holds several rounds and this is not the last: round again, or out.
+pub(crate) fn round(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
+    let why = match (op.branch)(cpu, op, &[]) {
+        Leave::Taken => return next(cpu, rest),
+        Leave::Fall => Leave::Early,
+        other => other,
+    };
+    cpu.left = rest.len();
+    why
 }
 
 /// As `by_size`, for threads.
