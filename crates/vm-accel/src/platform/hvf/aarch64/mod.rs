@@ -7,6 +7,7 @@
 //!   [`VcpuExit::SystemCall`](crate::VcpuExit::SystemCall). Every vCPU but number 0 begins powered off, and its `run` waits.
 //! * WFI blocks inside `run` until a kick, an interrupt or the virtual timer's time.
 //! * With [`IrqChip::Kernel`] the GIC is the framework's (`gic.rs`), which delivers the timers' interrupts and knows how to wait.
+//!   No vCPU runs there before all have been run by their threads; a kick ends the wait.
 //! * Without a GIC the virtual timer exits as [`VcpuExit::VirtualTimer`](crate::VcpuExit::VirtualTimer) when it fires, once until
 //!   the guest has dealt with it; the VMM's own controller drives the CPU's inputs with
 //!   [`Aarch64Vcpu::set_interrupts`](crate::aarch64::Aarch64Vcpu::set_interrupts).
