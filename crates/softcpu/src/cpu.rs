@@ -320,11 +320,6 @@ impl Cpu {
             let which = match leave {
                 Leave::Taken => 0,
                 Leave::Fall => 1,
-                Leave::Early => {
-                    let left = &block.ops[block.ops.len() - core.left..];
-                    core.icount -= left.iter().map(|op| u64::from(op.count)).sum::<u64>();
-                    1
-                }
                 Leave::Indirect => {
                     match self.cache.find(core, core.st.rip) {
                         Ok(next) => id = next,
@@ -497,7 +492,7 @@ impl Cpu {
         let mut again = false;
         match leave {
             Ok(()) | Err(Leave::Next) => core.st.rip = next,
-            Err(Leave::Fall | Leave::Early) => core.st.rip = targets[1],
+            Err(Leave::Fall) => core.st.rip = targets[1],
             Err(Leave::Taken) => core.st.rip = targets[0],
             Err(Leave::Indirect | Leave::Jump) => {}
             Err(Leave::Again | Leave::Stale) => again = true,

@@ -66,8 +66,6 @@ pub(crate) enum Leave {
     Taken,
     /// The direct branch of this block is not taken.
     Fall,
-    /// The same in a round of a loop that is not the last of its block; `Core::left` says how many records were not begun.
-    Early,
     /// An indirect jump in the same mode; RIP is set.
     Indirect,
     /// Done; continue with the next instruction, but what it may do has changed (events, mode, flags): look everything up.

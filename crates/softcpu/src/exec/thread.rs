@@ -47,11 +47,14 @@ pub(crate) fn done(cpu: &mut Core, op: &Op, rest: &[Op], done: bool) -> Leave {
 
 /// The branch of a loop that is one block, when the block holds several rounds and this is not the last: round again, or out.
 pub(crate) fn round(cpu: &mut Core, op: &Op, rest: &[Op]) -> Leave {
-    let why = match (op.branch)(cpu, op, &[]) {
-        Leave::Taken => return next(cpu, rest),
-        Leave::Fall => Leave::Early,
-        other => other,
-    };
+    let why = (op.branch)(cpu, op, &[]);
+    if why == Leave::Taken {
+        return next(cpu, rest);
+    }
+    if why == Leave::Fall {
+        // The block was counted as a whole.
+        cpu.icount -= rest.iter().map(|op| u64::from(op.count)).sum::<u64>();
+    }
     cpu.left = rest.len();
     why
 }
