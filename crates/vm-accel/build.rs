@@ -13,6 +13,7 @@ fn main() {
         ("hvf_aarch64", os == "macos" && aarch64 || sim),
         ("whpx_x86_64", os == "windows" && x86_64 || sim),
         ("whpx_aarch64", os == "windows" && aarch64 || sim),
+        ("whpx", os == "windows" && (x86_64 || aarch64)),
         ("vz", os == "macos" || sim),
     ] {
         println!("cargo::rustc-check-cfg=cfg({cfg})");

@@ -7,7 +7,9 @@
 //! frees. The hostile mode adds what a platform may do and rarely does; see [`hostile`].
 
 mod a64;
+mod host;
 pub mod hostile;
 pub mod hvf_arm64;
 pub mod hvf_x86;
 pub mod whpx;
+pub mod whpx_arm64;

@@ -230,7 +230,7 @@ impl Cpu {
     }
 
     /// Takes an exception to EL1 (D1.3.2): `vector` is the offset within its quarter of the table.
-    pub(super) fn take(&mut self, vector: u64, syndrome: Option<u64>, far: Option<u64>) {
+    pub(crate) fn take(&mut self, vector: u64, syndrome: Option<u64>, far: Option<u64>) {
         if let Some(syndrome) = syndrome {
             self.set(sys_reg::ESR_EL1, syndrome);
         }

@@ -2,9 +2,10 @@
 
 use vm_accel::platform::hvf::aarch64::AccelHvf as AccelHvfArm64;
 use vm_accel::platform::hvf::x86_64::AccelHvf;
+use vm_accel::platform::whpx::aarch64::AccelWhpx as AccelWhpxArm64;
 use vm_accel::platform::whpx::x86_64::AccelWhpx;
 use vm_accel_conformance::Backend;
-use vm_accel_sim::{hvf_arm64, hvf_x86, whpx};
+use vm_accel_sim::{hvf_arm64, hvf_x86, whpx, whpx_arm64};
 
 /// A simulated platform.
 #[derive(Debug)]
@@ -98,5 +99,16 @@ pub(crate) const PLATFORMS: &[Platform] = &[
             serial: true,
         },
         set_hostile: hvf_arm64::set_hostile,
+    },
+    Platform {
+        backend: Backend {
+            name: "sim-whpx-arm64",
+            probe: || AccelWhpxArm64::probe_with(&whpx_arm64::API),
+            create: || Ok(Box::new(AccelWhpxArm64::with_api(&whpx_arm64::API)?)),
+            moves_threads: true,
+            native: false,
+            serial: false,
+        },
+        set_hostile: whpx_arm64::set_hostile,
     },
 ];

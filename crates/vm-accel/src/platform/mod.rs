@@ -45,8 +45,8 @@ pub enum PlatformBackend {
     #[cfg(target_os = "macos")]
     Hvf(hvf::AccelHvf),
     /// The Windows Hypervisor Platform.
-    #[cfg(all(windows, target_arch = "x86_64"))]
-    Whpx(whpx::x86_64::AccelWhpx),
+    #[cfg(whpx)]
+    Whpx(whpx::AccelWhpx),
     /// A software CPU, on every host.
     Fallback(fallback::NoAccel),
 }
@@ -80,8 +80,8 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
         AccelKind::Vz => vz::probe(),
         #[cfg(target_os = "macos")]
         AccelKind::Hvf => hvf::AccelHvf::probe(),
-        #[cfg(all(windows, target_arch = "x86_64"))]
-        AccelKind::Whpx => whpx::x86_64::AccelWhpx::probe(),
+        #[cfg(whpx)]
+        AccelKind::Whpx => whpx::AccelWhpx::probe(),
         AccelKind::Fallback => Ok(fallback::capabilities()),
         _ => Err(absent(kind)),
     }
@@ -111,8 +111,8 @@ impl PlatformBackend {
             AccelKind::Vz => Ok(Self::Vz(vz::AccelVz::new()?)),
             #[cfg(target_os = "macos")]
             AccelKind::Hvf => Ok(Self::Hvf(hvf::AccelHvf::new()?)),
-            #[cfg(all(windows, target_arch = "x86_64"))]
-            AccelKind::Whpx => Ok(Self::Whpx(whpx::x86_64::AccelWhpx::new()?)),
+            #[cfg(whpx)]
+            AccelKind::Whpx => Ok(Self::Whpx(whpx::AccelWhpx::new()?)),
             AccelKind::Fallback => Ok(Self::Fallback(fallback::NoAccel::new())),
             _ => Err(absent(kind)),
         }
@@ -137,7 +137,7 @@ macro_rules! dispatch {
             PlatformBackend::Vz($backend) => $call,
             #[cfg(target_os = "macos")]
             PlatformBackend::Hvf($backend) => $call,
-            #[cfg(all(windows, target_arch = "x86_64"))]
+            #[cfg(whpx)]
             PlatformBackend::Whpx($backend) => $call,
             PlatformBackend::Fallback($backend) => $call,
         }

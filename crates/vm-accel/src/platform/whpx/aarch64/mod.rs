@@ -6,7 +6,8 @@
 //! * [`IrqChip::Kernel`](crate::IrqChip::Kernel) is the hypervisor's GIC. Without it the GIC is there all the same, at the same
 //!   addresses, and nothing drives it. A controller of the VMM's has no way to interrupt a CPU: `set_interrupts` answers
 //!   [`AccelError::Unsupported`](crate::AccelError::Unsupported).
-//! * The state of the GIC cannot be saved here, messages (MSI) not be sent, and the host cannot debug guests.
+//! * The state of the GIC cannot be saved (its structures are declared, what they mean is not), messages (MSI) cannot be sent, and
+//!   the host cannot debug guests.
 //!
 //! Sources: Microsoft's WinHvPlatformDefs.h and documentation of the platform; openvmm `virt_whp`; QEMU `target/arm/whpx`.
 //! Where they are silent both readings work, and the simulator tries both. Never run on hardware by this project so far.
@@ -25,7 +26,7 @@ use crate::memory::{DirtyBitmap, GuestRegion};
 use crate::platform::gate::Alarm;
 use crate::platform::slots::{Mapper, Rules, Slots};
 use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{Aarch64Features, Gic};
+use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
 use crate::vcpu_common::VcpuOps;
 use partition::{Partition, capability};
 use registers::Row;
@@ -277,5 +278,13 @@ impl Accel for AccelWhpx {
 
     fn gic(&self) -> VcpuResult<Gic> {
         self.vm.gic()
+    }
+
+    fn get_gic_state(&self) -> VcpuResult<GicState> {
+        Err(self.unsupported("the state of the hypervisor's GIC"))
+    }
+
+    fn set_gic_state(&mut self, _: &GicState) -> VcpuResult<()> {
+        Err(self.unsupported("the state of the hypervisor's GIC"))
     }
 }
