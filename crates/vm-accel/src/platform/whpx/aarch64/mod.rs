@@ -3,9 +3,9 @@
 //! The hypervisor has the GIC (a GICv3 without a translation service, in every partition), the timers and PSCI; WFI waits in it. What
 //! is left are accesses to devices, which come as the syndrome of an abort, and calls that are nobody's. So this backend
 //! resembles KVM's more than HVF's:
-//! * [`IrqChip::Kernel`](crate::IrqChip::Kernel) is the hypervisor's GIC. Without it the GIC is there all the same, at the same
+//! * [`IrqChip::Kernel`] is the hypervisor's GIC. Without it the GIC is there all the same, at the same
 //!   addresses, and nothing drives it. A controller of the VMM's has no way to interrupt a CPU: `set_interrupts` answers
-//!   [`AccelError::Unsupported`](crate::AccelError::Unsupported).
+//!   [`AccelError::Unsupported`].
 //! * The state of the GIC cannot be saved (its structures are declared, what they mean is not), messages (MSI) cannot be sent, and
 //!   the host cannot debug guests.
 //!
