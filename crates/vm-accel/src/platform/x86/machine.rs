@@ -151,6 +151,11 @@ pub(crate) fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<Cp
     let config = Config { tsc: TscMode::Host(tsc_hz), ..Config::default() };
     let cpu = Cpu::new(0, config, Ram::new(), Box::new(NoBus));
     let mut entries = cpu.cpuid().to_vec();
+    // Guests take the crystal of leaf 15H for what the local APIC's timer counts (Linux, `native_calibrate_tsc`), which it is not;
+    // where they know of a TSC-deadline timer that does no harm. Without the leaf they measure both frequencies.
+    for entry in entries.iter_mut().filter(|entry| entry.leaf == 0x15) {
+        (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0);
+    }
     for &(leaf, register, bit) in hidden {
         for entry in entries.iter_mut().filter(|entry| entry.leaf == leaf && entry.subleaf == 0) {
             let registers = [&mut entry.eax, &mut entry.ebx, &mut entry.ecx, &mut entry.edx];
