@@ -8,7 +8,7 @@ use crate::arch::X86;
 use crate::{Usage, boot, initrd, process, workspace};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use vm_accel_guests::kernels::{BEGIN, ENDED, KERNELS, multiboot};
 
@@ -16,11 +16,12 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     name: "kernels",
     summary: "compare the software CPU's speed with QEMU's TCG",
     usage: "\
-Usage: cargo xtask kernels [--rounds N] [--no-boot]
+Usage: cargo xtask kernels [--rounds N] [--no-boot] [--program FILE]
 
 Boots a guest with ten computing kernels on QEMU's TCG and on the software CPU, in turns, and prints how fast the
 software CPU is at each, TCG being 1: the median of N rounds (3). Then the same for Debian's kernel from start to
-power-off, unless --no-boot is given; that needs `cargo xtask guests`. Only on Linux.",
+power-off, unless --no-boot is given; that needs `cargo xtask guests`. --program measures a `vm-accel` that is built
+already. Only on Linux.",
     run,
 };
 
@@ -38,11 +39,14 @@ const GROUPS: [(&str, &[&str], f64); 4] = [
 const BOOT_GOAL: f64 = 1.0 / 3.0;
 
 fn run(args: &[String]) -> Result<u8> {
-    let (mut rounds, mut with_boot) = (3_usize, true);
+    let (mut rounds, mut with_boot, mut program) = (3_usize, true, None);
     let mut args = args.iter();
     while let Some(flag) = args.next() {
         match flag.as_str() {
             "--no-boot" => with_boot = false,
+            "--program" => {
+                program = Some(PathBuf::from(args.next().ok_or_else(|| Usage::error("--program wants a file"))?));
+            }
             "--rounds" => {
                 rounds = args
                     .next()
@@ -55,7 +59,7 @@ fn run(args: &[String]) -> Result<u8> {
     }
     let arch = &X86;
     let qemu = process::require(arch.qemu[0], arch.qemu[1])?;
-    let program = boot::vm_accel(arch)?;
+    let program = program.map_or_else(|| boot::vm_accel(arch), Ok)?;
     let tmp = workspace::cache().join("tmp");
     std::fs::create_dir_all(&tmp)?;
     let guest = tmp.join(format!("kernels-{}.elf", std::process::id()));
