@@ -21,6 +21,7 @@ mod nested;
 mod process;
 mod qemu;
 mod rust;
+mod vectors;
 mod wine;
 mod workspace;
 
@@ -44,6 +45,7 @@ const COMMANDS: &[&Command] = &[
     &nested::COMMAND,
     &kut::COMMAND,
     &diff::COMMAND,
+    &vectors::COMMAND,
     &kernels::COMMAND,
     &wine::COMMAND,
     &cross::COMMAND,

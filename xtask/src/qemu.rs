@@ -1,4 +1,4 @@
-//! One program in one emulated machine with upstream KVM inside.
+//! One program in one emulated machine with upstream KVM inside, or in one on the software CPU.
 //!
 //! QEMU interprets everything (TCG), so this works on any host and KVM runs on hardware virtualization as QEMU models it.
 //! The machine has a kernel, an initrd that holds all, and a serial line; nothing it does reaches the host. Whether
@@ -39,6 +39,15 @@ pub(crate) struct Job {
     pub(crate) memory_mib: u32,
 }
 
+/// What the machine runs on.
+#[derive(Debug)]
+pub(crate) enum Host {
+    /// QEMU, with KVM inside.
+    Qemu,
+    /// This `vm-accel`, on its software CPU; no KVM inside, and only the transcript is to be had.
+    Soft(PathBuf),
+}
+
 /// How a job went.
 #[derive(Debug)]
 pub(crate) struct Outcome {
@@ -52,28 +61,33 @@ pub(crate) struct Outcome {
 ///
 /// An error means that the machine did not do its part; a program that fails is an [`Outcome`].
 pub(crate) fn run(arch: &Arch, job: &Job) -> Result<Outcome> {
-    let [qemu, package] = arch.qemu;
-    let qemu = process::require(qemu, package)?;
+    run_on(arch, job, &Host::Qemu)
+}
+
+/// As [`run`], on either host. Only QEMU's output is shown.
+pub(crate) fn run_on(arch: &Arch, job: &Job, host: &Host) -> Result<Outcome> {
     let token = token();
     let dir = workspace::cache().join("tmp");
     fs::create_dir_all(&dir)?;
     let initrd = dir.join(format!("{token}.cpio"));
-    fs::write(&initrd, archive(arch, job, &token)?).with_context(|| format!("cannot write {}", initrd.display()))?;
-    let result = emulate(arch, &qemu, &initrd, job, &token);
+    fs::write(&initrd, archive(arch, job, host, &token)?)
+        .with_context(|| format!("cannot write {}", initrd.display()))?;
+    let result = emulate(arch, host, &initrd, job, &token);
     // Left behind it would only take space.
     let _ = fs::remove_file(&initrd);
     result
 }
 
 /// The initrd: init, KVM's modules, and the job.
-fn archive(arch: &Arch, job: &Job, token: &str) -> Result<Vec<u8>> {
+fn archive(arch: &Arch, job: &Job, host: &Host, token: &str) -> Result<Vec<u8>> {
     let mut archive = Archive::with_base()?;
     archive.file("init", 0o755, &initrd::init_program(arch, "nestinit")?)?;
     let name = job.program.file_name().and_then(|n| n.to_str()).context("the program's file name is not UTF-8")?;
     let program = format!("nest/bin/{name}");
     let mut lines =
         vec![format!("token {token}"), format!("limit {}", job.limit.as_secs()), format!("program /{program}")];
-    for module in arch.modules {
+    let modules = if matches!(host, Host::Qemu) { arch.modules } else { &[] };
+    for module in modules {
         let path = format!("nest/modules/{module}");
         archive.file(&path, 0o644, &read(&arch.dir().join("modules").join(module))?)?;
         lines.push(format!("module /{path}"));
@@ -95,32 +109,58 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-fn emulate(arch: &Arch, qemu: &Path, initrd: &Path, job: &Job, token: &str) -> Result<Outcome> {
-    let mut command = Command::new(qemu);
-    command
-        // No default devices and no user configuration: no network, no boot ROMs, no surprises.
-        .args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(arch.machine)
-        .args(["-m", &job.memory_mib.to_string(), "-serial", "stdio"])
-        .arg("-kernel")
-        .arg(arch.kernel())
-        .arg("-initrd")
-        .arg(initrd)
-        // panic=-1 resets at once, and QEMU leaves instead of resetting.
-        .args(["-append", &format!("console={} quiet loglevel=3 panic=-1 mitigations=off", arch.console)])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
+/// What starts the machine. Its serial line is the command's standard output.
+fn machine(arch: &Arch, host: &Host, initrd: &Path, job: &Job) -> Result<Command> {
+    // panic=-1 resets at once, and both leave instead of resetting.
+    let command_line = format!("console={} quiet loglevel=3 panic=-1 mitigations=off", arch.console);
+    let mut command;
+    match host {
+        Host::Qemu => {
+            let [qemu, package] = arch.qemu;
+            command = Command::new(process::require(qemu, package)?);
+            command
+                // No default devices and no user configuration: no network, no boot ROMs, no surprises.
+                .args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+                .args(arch.machine)
+                .args(["-m", &job.memory_mib.to_string(), "-serial", "stdio"])
+                .arg("-kernel")
+                .arg(arch.kernel())
+                .arg("-initrd")
+                .arg(initrd)
+                .args(["-append", &command_line]);
+        }
+        Host::Soft(program) => {
+            command = Command::new(program);
+            command
+                .arg("run")
+                .arg(arch.kernel())
+                .args(["--accel", "soft", "--no-reboot", "--memory", &format!("{}M", job.memory_mib)])
+                .arg("--initrd")
+                .arg(initrd)
+                .args(["--cmdline", &command_line])
+                .stderr(Stdio::null());
+        }
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    Ok(command)
+}
+
+fn emulate(arch: &Arch, host: &Host, initrd: &Path, job: &Job, token: &str) -> Result<Outcome> {
+    let mut command = machine(arch, host, initrd, job)?;
     let began = Instant::now();
-    let mut child = command.spawn().with_context(|| format!("cannot start {}", qemu.display()))?;
-    let serial = child.stdout.take().context("QEMU's output is a pipe")?;
-    let watched = watch(serial, token, began + job.limit + GRACE);
+    let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+    let serial = child.stdout.take().context("the output is a pipe")?;
+    let shown = matches!(host, Host::Qemu);
+    let watched = watch(serial, token, began + job.limit + GRACE, shown);
     let stopped = stop(&mut child, watched.status.is_some());
-    println!(
-        "nested {}: {:.1} s in all, {:.1} s of it the program",
-        arch.name,
-        began.elapsed().as_secs_f32(),
-        watched.program.as_secs_f32()
-    );
+    if shown {
+        println!(
+            "nested {}: {:.1} s in all, {:.1} s of it the program",
+            arch.name,
+            began.elapsed().as_secs_f32(),
+            watched.program.as_secs_f32()
+        );
+    }
     match (watched.status, watched.late) {
         (Some(status), _) => Ok(Outcome { status, transcript: watched.transcript }),
         (None, true) => {
@@ -128,7 +168,7 @@ fn emulate(arch: &Arch, qemu: &Path, initrd: &Path, job: &Job, token: &str) -> R
             Ok(Outcome { status: TIMED_OUT, transcript: watched.transcript })
         }
         (None, false) => {
-            bail!("the emulated machine stopped before the program did (QEMU: {stopped})")
+            bail!("the emulated machine stopped before the program did ({stopped})")
         }
     }
 }
@@ -142,8 +182,8 @@ struct Watched {
     late: bool,
 }
 
-/// Shows and keeps the lines of `serial` until it ends, init reports the status, or `deadline` passes.
-fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant) -> Watched {
+/// Keeps the lines of `serial` until it ends, init reports the status, or `deadline` passes; shows them if `shown`.
+fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant, shown: bool) -> Watched {
     let mark = format!("@@NEST {token} ");
     let (sender, lines) = mpsc::sync_channel::<Vec<u8>>(64);
     // Ends with the pipe, or with the first line after `lines` is dropped.
@@ -179,7 +219,9 @@ fn watch(serial: impl Read + Send + 'static, token: &str, deadline: Instant) -> 
                     watched.transcript += &text;
                 }
                 // Nobody reading is no reason to stop: the status is what counts.
-                let _ = std::io::stdout().write_all(text.as_bytes());
+                if shown {
+                    let _ = std::io::stdout().write_all(text.as_bytes());
+                }
             }
         }
     }
@@ -214,7 +256,7 @@ mod tests {
     use std::io::Cursor;
 
     fn watched(text: &str) -> Watched {
-        watch(Cursor::new(text.to_owned().into_bytes()), "t", Instant::now() + Duration::from_secs(600))
+        watch(Cursor::new(text.to_owned().into_bytes()), "t", Instant::now() + Duration::from_secs(600), true)
     }
 
     #[test]
@@ -242,7 +284,7 @@ mod tests {
                 }
             }
         }
-        let seen = watch(Silent, "t", Instant::now());
+        let seen = watch(Silent, "t", Instant::now(), true);
         assert_eq!((seen.status, seen.late), (None, true));
     }
 }
