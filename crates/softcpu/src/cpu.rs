@@ -74,6 +74,9 @@ pub struct Cpu {
     window: bool,
     /// The bus is to be asked for an interrupt.
     poll: bool,
+    /// When `icount` is here, at the latest. It does not move when a block ends early, or a guest whose blocks all do would never be
+    /// interrupted by a timer.
+    next_poll: u64,
 }
 
 impl fmt::Debug for Cpu {
@@ -129,7 +132,7 @@ impl Cpu {
         };
         core.sync_all();
         core.take_in();
-        Cpu { core, cache: Cache::new(), window: false, poll: true }
+        Cpu { core, cache: Cache::new(), window: false, poll: true, next_poll: 0 }
     }
 
     /// A CPU for [`Cpu::emulate_one`] only: nothing is served, every device access is answered by the caller.
@@ -170,6 +173,11 @@ impl Cpu {
             if self.core.remote.wake.load(Ordering::Relaxed) {
                 self.attend();
             }
+            let latest = self.core.icount.saturating_add(SLICE);
+            if self.next_poll <= self.core.icount || self.next_poll > latest {
+                self.poll = true;
+                self.next_poll = latest;
+            }
             // A kick in the middle of an instruction waits for its end; Acquire: what the kicker did before is visible.
             if !self.core.replay.resume && self.core.remote.kicked.swap(false, Ordering::Acquire) {
                 return Exit::Kicked;
@@ -185,7 +193,7 @@ impl Cpu {
                     if self.careful() {
                         self.step()
                     } else {
-                        self.core.limit = end.min(self.core.icount + SLICE);
+                        self.core.limit = end.min(self.next_poll);
                         self.blocks()
                     }
                 })

@@ -28,6 +28,19 @@ impl Bus for Line {
     }
 }
 
+/// A bus whose timer is due at a time stamp.
+struct Timer(u64);
+
+impl Bus for Timer {
+    fn interrupt_pending(&mut self, tsc: u64) -> bool {
+        tsc >= self.0
+    }
+    fn acknowledge(&mut self) -> Option<u8> {
+        self.0 = u64::MAX;
+        Some(0x30)
+    }
+}
+
 fn machine() -> Machine {
     let machine = Machine::new(Box::new(NoBus));
     machine.memory.write(TABLES + 0x2000 + 8, &(TABLES + 0x4007).to_le_bytes());
@@ -38,7 +51,10 @@ fn machine() -> Machine {
 /// A machine with a GDT (code 8, data 16, user data 0x1b, user code 0x23, TSS 0x28) and an IDT whose vectors all go to
 /// `HANDLER + 16 * vector`, where there is HLT.
 fn with_tables() -> Machine {
-    let mut machine = machine();
+    tables(machine())
+}
+
+fn tables(mut machine: Machine) -> Machine {
     let descriptors: [u64; 5] =
         [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
     for (i, descriptor) in descriptors.iter().enumerate() {
@@ -78,6 +94,19 @@ fn expect_vector(machine: &mut Machine, vector: u64, words: usize) -> Vec<u64> {
     assert_eq!(st.rip, HANDLER + 16 * vector + 1, "another vector");
     let sp = st.gpr[4];
     (0..words as u64).map(|i| machine.memory.read_u64(sp + 8 * i)).collect()
+}
+
+/// Neither a loop of jumps nor one in which no block runs to its end keeps a timer from the bus.
+#[test]
+fn a_timer_interrupts_every_loop() {
+    // jmp $; pushf, popf, jmp to both.
+    for code in [&[0xeb, 0xfe][..], &[0x9c, 0x9d, 0xeb, 0xfc]] {
+        let mut m = tables(Machine::new(Box::new(Timer(100_000))));
+        m.code(code);
+        m.cpu.update(|st| st.rflags |= rflags::IF);
+        assert_eq!(m.cpu.run(1_000_000), Exit::Halted, "{code:x?}");
+        assert_eq!(m.cpu.state().rip, HANDLER + 16 * 0x30 + 1, "{code:x?}");
+    }
 }
 
 #[test]
