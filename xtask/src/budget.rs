@@ -17,12 +17,12 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     usage: "\
 Usage: cargo xtask budget
 
-Counts crates/vm-accel/src without tests and fails above 12,500 lines of code, 150 cfg attributes,
+Counts crates/vm-accel/src without tests and fails above 14,200 lines of code, 150 cfg attributes,
 500 duplicated lines or 1,200 lines in a file.",
     run,
 };
 
-const LINES: usize = 12_500;
+const LINES: usize = 14_200;
 const LINES_PER_FILE: usize = 1_200;
 const CFGS: usize = 150;
 const DUPLICATES: usize = 500;
