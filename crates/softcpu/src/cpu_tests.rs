@@ -96,6 +96,19 @@ fn expect_vector(machine: &mut Machine, vector: u64, words: usize) -> Vec<u64> {
     (0..words as u64).map(|i| machine.memory.read_u64(sp + 8 * i)).collect()
 }
 
+/// What the manual leaves undefined and valgrind's shrld.c found on AMD's processors.
+#[test]
+fn double_shifts_of_words_by_more_than_their_size_rotate_the_second_operand() {
+    let mut m = machine();
+    // mov eax, 0x7788; mov edx, 0xabcd; mov ebx, eax; shld ax, dx, 17; shrd bx, dx, 19.
+    m.code(&[
+        0xb8, 0x88, 0x77, 0, 0, 0xba, 0xcd, 0xab, 0, 0, 0x89, 0xc3, 0x66, 0x0f, 0xa4, 0xd0, 17, 0x66, 0x0f, 0xac, 0xd3,
+        19,
+    ]);
+    let st = m.run();
+    assert_eq!((st.gpr[0], st.gpr[3]), (0x579b, 0xb579));
+}
+
 /// Neither a loop of jumps nor one in which no block runs to its end keeps a timer from the bus.
 #[test]
 fn a_timer_interrupts_every_loop() {

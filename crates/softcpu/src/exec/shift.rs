@@ -115,7 +115,8 @@ fn shifts<T: Word, const OP: u8, const C: u8, const M: bool>(cpu: &mut Core, op:
     Ok(())
 }
 
-/// SHLD and SHRD. A 16-bit operand shifted by more than 16 takes the rest from the first operand again, as processors do.
+/// SHLD and SHRD. A 16-bit operand shifted by more than 16 is undefined; here it is what AMD's processors make of it, the second operand
+/// rotated, without a carry.
 fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core, op: &Op) -> Exec {
     let mask = if T::BITS == 64 { 63 } else { 31 };
     let count = count_of::<C>(cpu, op, mask);
@@ -125,15 +126,19 @@ fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core,
         if count == 0 {
             return (a, false);
         }
+        if count > bits {
+            let b = b as u16;
+            let turn = (count - bits) as u32;
+            let result = if LEFT { b.rotate_left(turn) } else { b.rotate_right(turn) };
+            return (result.into(), false);
+        }
         if LEFT {
             let wide = u128::from(a) << bits | u128::from(b);
-            let wide = if bits == 16 { wide << 16 | u128::from(a) } else { wide };
-            let total = if bits == 16 { 48 } else { 2 * bits };
+            let total = 2 * bits;
             let result = if total == 128 { wide << count >> 64 } else { wide << count >> (total - bits) };
             (T::cut(result as u64), wide >> (total - count) & 1 != 0)
         } else {
             let wide = u128::from(b) << bits | u128::from(a);
-            let wide = if bits == 16 { wide | u128::from(a) << 32 } else { wide };
             (T::cut((wide >> count) as u64), wide >> (count - 1) & 1 != 0)
         }
     };
