@@ -216,11 +216,11 @@ impl Both {
                     assert_eq!(self.soft.io_data().ok(), self.kvm.io_data().ok(), "data of {exit:x?} differ");
                     return Ok(());
                 }
-                let regs = self.soft.get_regs()?;
-                assert!(
-                    same(goal, &regs, undefined),
-                    "{exit:x?} finds KVM at {goal:x?}, the software CPU at {regs:x?}"
-                );
+                // After a triple fault the registers are nobody's: some processors reset them.
+                if exit == VcpuExit::Halted {
+                    let regs = self.soft.get_regs()?;
+                    assert!(same(goal, &regs, undefined), "HLT finds KVM at {goal:x?}, the software CPU at {regs:x?}");
+                }
                 return self.compare_memory(exit);
             }
             if exit == VcpuExit::Debug {

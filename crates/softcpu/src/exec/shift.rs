@@ -128,7 +128,7 @@ fn double<T: Word, const LEFT: bool, const C: u8, const M: bool>(cpu: &mut Core,
         }
         if count > bits {
             let b = b as u16;
-            let turn = (count - bits) as u32;
+            let turn = count - bits;
             let result = if LEFT { b.rotate_left(turn) } else { b.rotate_right(turn) };
             return (result.into(), false);
         }
