@@ -1,4 +1,4 @@
-//! Building the workspace's programs as static Linux binaries that run in any initramfs.
+//! Building the workspace's programs: as static Linux binaries that run in any initramfs, or as a user does.
 
 use crate::arch::Arch;
 use crate::rust::Toolchain;
@@ -23,19 +23,33 @@ pub(crate) fn build_static(arch: &Arch, args: &[&str], name: &str) -> Result<Pat
     let mut command = cargo();
     command
         .args(args)
-        .args(["--target", &arch.triple(), "--message-format", "json-render-diagnostics"])
+        .args(["--target", &arch.triple()])
         .env("RUSTFLAGS", flags.trim_start())
         // Nobody measures with these programs, and optimising across crates takes longer than all that they do.
         .env("CARGO_PROFILE_RELEASE_LTO", "off")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     Toolchain::for_target(arch)?.apply(&mut command);
     println!("building {name} for {} (static)", arch.rust);
+    built(command, name)
+}
+
+/// Builds the program `name` of the package `package` for this host, optimised in full, and answers where it is.
+pub(crate) fn build_release(package: &str, name: &str) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--release", "-p", package, "--bin", name]);
+    println!("building {name}");
+    built(command, name)
+}
+
+/// Runs cargo and answers where the executable of the target called `name` is.
+fn built(mut command: Command, name: &str) -> Result<PathBuf> {
+    command.args(["--message-format", "json-render-diagnostics"]);
     let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     if !output.status.success() {
-        bail!("cargo {} ended with {}", args.join(" "), output.status);
+        bail!("building {name} ended with {}", output.status);
     }
     executable(&String::from_utf8_lossy(&output.stdout), name)
-        .with_context(|| format!("cargo {} built no executable {name}", args.join(" ")))
+        .with_context(|| format!("cargo built no executable {name}"))
 }
 
 /// Finds the executable of the target `name` in cargo's messages.

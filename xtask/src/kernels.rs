@@ -5,7 +5,8 @@
 //! ratios within a round, so a slow host disturbs little, too.
 
 use crate::arch::X86;
-use crate::{Usage, boot, initrd, process, workspace};
+use crate::cargo::build_release;
+use crate::{Usage, initrd, process, workspace};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -59,7 +60,7 @@ fn run(args: &[String]) -> Result<u8> {
     }
     let arch = &X86;
     let qemu = process::require(arch.qemu[0], arch.qemu[1])?;
-    let program = program.map_or_else(|| boot::vm_accel(arch), Ok)?;
+    let program = program.map_or_else(|| build_release("vm-accel-cli", "vm-accel"), Ok)?;
     let tmp = workspace::cache().join("tmp");
     std::fs::create_dir_all(&tmp)?;
     let guest = tmp.join(format!("kernels-{}.elf", std::process::id()));

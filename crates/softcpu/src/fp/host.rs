@@ -300,7 +300,7 @@ impl Operation for Add {
     }
     #[inline(always)]
     fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
-        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
+        let (a, b, r) = (magnitudes::<F>(a), magnitudes::<F>(b), magnitudes::<F>(r));
         // A sum that is zero is exact, and nearest agrees on its sign.
         denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | small::<F>(r) & not_zero::<F>(r)
     }
@@ -345,7 +345,7 @@ impl Operation for Mul {
     }
     #[inline(always)]
     fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
-        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
+        let (a, b, r) = (magnitudes::<F>(a), magnitudes::<F>(b), magnitudes::<F>(r));
         let vanished = small::<F>(r) & not_zero::<F>(a) & not_zero::<F>(b);
         denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | vanished
     }
@@ -366,7 +366,7 @@ impl Operation for Div {
     }
     #[inline(always)]
     fn unsure<F: HostFloat>(a: u64, b: u64, r: u64) -> u64 {
-        let [a, b, r] = [a, b, r].map(magnitudes::<F>);
+        let (a, b, r) = (magnitudes::<F>(a), magnitudes::<F>(b), magnitudes::<F>(r));
         denormal::<F>(a) | denormal::<F>(b) | special::<F>(r) | small::<F>(r) & not_zero::<F>(a)
     }
     #[inline(always)]
@@ -404,7 +404,7 @@ impl Operation for Min {
     }
     #[inline(always)]
     fn unsure<F: HostFloat>(a: u64, b: u64, _: u64) -> u64 {
-        let [a, b] = [a, b].map(magnitudes::<F>);
+        let (a, b) = (magnitudes::<F>(a), magnitudes::<F>(b));
         let infinity = F::NORMAL * F::SPECIAL as u64;
         let nan = at_least::<F>(a, infinity + F::ONES) | at_least::<F>(b, infinity + F::ONES);
         denormal::<F>(a) | denormal::<F>(b) | nan
