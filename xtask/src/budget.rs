@@ -1,6 +1,6 @@
 //! `cargo xtask budget`: the library stays small enough to read.
 //!
-//! Counts the code of the library crate: no comments, documentation and blank lines, which the house rules ask for in
+//! Counts the code of the library's crates: no comments, documentation and blank lines, which the house rules ask for in
 //! plenty, and no tests. The counting goes by lines and relies on rustfmt's layout, which CI enforces: an item ends at the first
 //! line with its indentation and a closing brace.
 
@@ -17,12 +17,15 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     usage: "\
 Usage: cargo xtask budget
 
-Counts crates/vm-accel/src without tests and fails above 14,200 lines of code, 150 cfg attributes,
-500 duplicated lines or 1,200 lines in a file.",
+Counts the crates that make up the library, vm-accel, vm-accel-core and vm-accel-backend, without tests. Fails above 9,000
+lines of code in one of them, 150 cfg attributes or 500 duplicated lines in all, or 1,200 lines in a file.",
     run,
 };
 
-const LINES: usize = 14_200;
+/// The library: what users call, what they call it with, and what its backends share.
+const CRATES: [&str; 3] = ["vm-accel", "core", "backend"];
+/// In one crate.
+const LINES: usize = 9_000;
 const LINES_PER_FILE: usize = 1_200;
 const CFGS: usize = 150;
 const DUPLICATES: usize = 500;
@@ -34,15 +37,22 @@ fn run(args: &[String]) -> Result<u8> {
     if !args.is_empty() {
         return Err(Usage::error("budget takes no arguments"));
     }
-    let files = sources(&root().join("crates/vm-accel/src"))?;
+    let code = |files: &[Source]| files.iter().flat_map(|f| &f.lines).filter(|l| is_code(l)).count();
+    let mut files = Vec::new();
+    let mut largest = 0;
+    for name in CRATES {
+        let of_crate = sources(&root().join("crates").join(name).join("src"))?;
+        println!("crates/{name}: {} lines of code", code(&of_crate));
+        largest = largest.max(code(&of_crate));
+        files.extend(of_crate);
+    }
     let total: usize = files.iter().map(|f| f.lines.len()).sum();
-    let code: usize = files.iter().flat_map(|f| &f.lines).filter(|l| is_code(l)).count();
     let cfgs: usize = files.iter().flat_map(|f| &f.lines).map(|l| cfgs(l)).sum();
     let duplicates = duplicates(&files);
     let longest = files.iter().max_by_key(|f| f.lines.len()).context("the library has sources")?;
     let longest_length = longest.lines.len();
 
-    println!("{} files, {total} lines with documentation and comments", files.len());
+    println!("{} files, {} lines of code, {total} with documentation and comments", files.len(), code(&files));
     println!("longest file: {} ({longest_length} lines without tests)", shown(&longest.path));
     for (place, lines) in &duplicates {
         println!("duplicated: {place}, {lines} lines");
@@ -50,7 +60,7 @@ fn run(args: &[String]) -> Result<u8> {
     let duplicated: usize = duplicates.iter().map(|(_, lines)| lines).sum();
     let mut over = Vec::new();
     for (what, is, limit) in [
-        ("lines of code without tests", code, LINES),
+        ("lines of code in the largest crate", largest, LINES),
         ("lines in the longest file", longest_length, LINES_PER_FILE),
         ("cfg attributes", cfgs, CFGS),
         ("duplicated lines", duplicated, DUPLICATES),

@@ -13,7 +13,7 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     usage: "\
 Usage: cargo xtask msrv
 
-Checks vm-accel and vm-accel-softcpu, all features, with Debian's Rust 1.85, which is fetched
+Checks vm-accel and the crates that it consists of, all features, with Debian's Rust 1.85, which is fetched
 into guests-cache/rust (about 90 MB, once) and not installed.",
     run,
 };
@@ -27,7 +27,18 @@ fn run(args: &[String]) -> Result<u8> {
     }
     let host = Arch::named(std::env::consts::ARCH).context("Debian's Rust is fetched for x86-64 and arm64 only")?;
     let mut command = cargo();
-    command.args(["check", "-p", "vm-accel-softcpu", "-p", "vm-accel", "--all-features"]);
+    command.args([
+        "check",
+        "-p",
+        "vm-accel-softcpu",
+        "-p",
+        "vm-accel-core",
+        "-p",
+        "vm-accel-backend",
+        "-p",
+        "vm-accel",
+        "--all-features",
+    ]);
     // Lints of other versions are no reason to fail.
     command.env("RUSTFLAGS", "--cap-lints=warn").env_remove("CARGO_ENCODED_RUSTFLAGS");
     Toolchain::debian(VERSION, host)?.apply(&mut command);

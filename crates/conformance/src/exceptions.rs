@@ -40,6 +40,7 @@ const fn anywhere(case: &'static str, reason: &'static str) -> Exception {
 }
 
 const CONCURRENT: &str = "another thread writes to the guest's memory";
+const REMAPPED: &str = "memory goes away on the two hosts at two moments, and the guest runs between them";
 const UNSTEPPED: &str = "KVM runs the guest's ring 3 without single steps";
 
 const LOST: &str = "a HLT that the guest comes back to by IRET is stepped over without an exit";
@@ -47,6 +48,7 @@ const LOST: &str = "a HLT that the guest comes back to by IRET is stepped over w
 /// Cases whose guests cannot be followed step for step.
 pub(crate) const LOCKSTEP: &[Exception] = &[
     anywhere("memory::map_while_running", CONCURRENT),
+    anywhere("memory::unmap_while_running", REMAPPED),
     anywhere("memory::guest_and_host_share_atomics", CONCURRENT),
     anywhere("memory::too_many_mappings_are_refused", "the software CPU and KVM run out of slots at different moments"),
     anywhere("modes::divide_error", "changes the guest's stack in the middle of an OUT"),

@@ -149,7 +149,7 @@ fn msi_interrupts_a_loop(host: &Host) -> Outcome {
         let irq = m.vm.irq_handle()?;
         let exit = while_running(host, &mut m, || irq.signal_msi(msi(VECTOR)))?;
         assert!(matches!(exit, VcpuExit::Io { .. }), "{exit:?}");
-        assert_eq!(m.report()?.vector, VECTOR.into());
+        assert_eq!(m.report()?.vector, u64::from(VECTOR));
         Ok(())
     })
 }

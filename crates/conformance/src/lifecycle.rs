@@ -286,7 +286,7 @@ fn host_patches_code_between_runs(host: &Host) -> Outcome {
     for value in 1..20u8 {
         m.write(layout::CODE + 1, &[value])?;
         m.expect_halted()?;
-        assert_eq!(m.gpr(Reg::Rax)?, value.into());
+        assert_eq!(m.gpr(Reg::Rax)?, u64::from(value));
     }
     Ok(())
 }

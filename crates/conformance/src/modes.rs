@@ -222,7 +222,7 @@ fn compatibility_mode(host: &Host) -> Outcome {
     let mut m = Machine::new(host, &world)?;
     m.expect_mmio_write(layout::MMIO, &[1, 0, 0, 0])?;
     let report = m.expect_vector(6)?;
-    assert_eq!(report.cs, selector::USER_CODE32.into());
+    assert_eq!(report.cs, u64::from(selector::USER_CODE32));
     Ok(())
 }
 

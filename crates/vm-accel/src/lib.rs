@@ -51,34 +51,23 @@
 //! * [`x86_64`] and [`aarch64`] name the registers and hold the architecture's groups of state.
 //! * [`AccelError`] keeps the operation and the platform's raw code, and says what to do.
 
-mod accel;
-mod error;
-pub mod event;
 mod ffi;
-mod macros;
-pub mod memory;
-#[cfg(feature = "mock")]
-pub mod mock;
 pub mod platform;
-mod regs;
-pub mod vcpu_common;
-mod whole_vm;
 
-pub use accel::{
-    Accel, AccelKind, Capabilities, GuestArch, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget,
-    MemoryFlags, MsiMessage, ProbeReport,
-};
-pub use error::{AccelError, InstructionBytes, RawCode, UnavailableReason, VcpuResult};
-pub use event::HostEvent;
-pub use memory::{DirtyBitmap, FileMapping, GuestMemory, GuestRegion};
 pub use platform::{PlatformBackend, probe, probe_kind};
-pub use regs::{FpuRegs, GuestRegs, RegMapping, aarch64, x86_64};
-pub use vcpu_common::{
-    BreakOn, DebugEvent, ExitHandler, FromGuestRegs, GuestDebug, HardwareBreakpoint, IoDirection, KickTarget,
-    PendingAccess, ToGuestRegs, VcpuExit, VcpuKick, VcpuOps,
-};
 
-pub use whole_vm::{WholeVm, WholeVmBoot, WholeVmConfig, WholeVmDisk, WholeVmSerial, WholeVmState};
+#[cfg(feature = "mock")]
+#[doc(inline)]
+pub use vm_accel_core::mock;
+#[doc(inline)]
+pub use vm_accel_core::{
+    Accel, AccelError, AccelKind, BreakOn, Capabilities, DebugEvent, DirtyBitmap, ExitHandler, FileMapping, FpuRegs,
+    FromGuestRegs, GuestArch, GuestDebug, GuestMemory, GuestRegion, GuestRegs, HardwareBreakpoint, HostEvent,
+    InstructionBytes, IoAddress, IoDirection, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget, KickTarget,
+    MemoryFlags, MsiMessage, PendingAccess, ProbeReport, RawCode, RegMapping, ToGuestRegs, UnavailableReason, VcpuExit,
+    VcpuKick, VcpuOps, VcpuResult, WholeVm, WholeVmBoot, WholeVmConfig, WholeVmDisk, WholeVmSerial, WholeVmState,
+    aarch64, event, impl_reg_accessors, impl_vcpu_new, memory, reg_map, vcpu_common, x86_64,
+};
 
 pub use vm_accel_sys::ffi_table;
 

@@ -2,34 +2,25 @@
 //!
 //! `cfg` stands here, at the variants and `mod` lines, and nowhere inside a backend's bodies.
 
-// Hypervisors that leave such accesses to us exist on some hosts only; the code is tested on all.
-#[allow(dead_code, unused_imports)]
-mod aarch64_access;
-#[allow(dead_code)]
-mod aarch64_debug;
 pub mod fallback;
-mod gate;
 #[cfg(any(hvf_x86_64, hvf_aarch64))]
 pub mod hvf;
 #[cfg(kvm)]
 pub mod kvm;
-mod slots;
-mod soft_apic;
 #[cfg(vz)]
 pub mod vz;
 #[cfg(any(whpx_x86_64, whpx_aarch64))]
 pub mod whpx;
-mod x86;
 
-use crate::accel::{
+use vm_accel_core::accel::{
     Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags, MsiMessage, ProbeReport,
 };
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::event::HostEvent;
-use crate::memory::{DirtyBitmap, GuestRegion};
-use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
-use crate::vcpu_common::VcpuOps;
-use crate::whole_vm::WholeVm;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::event::HostEvent;
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
+use vm_accel_core::regs::aarch64::{Aarch64Features, Gic, GicState};
+use vm_accel_core::vcpu_common::VcpuOps;
+use vm_accel_core::whole_vm::WholeVm;
 
 /// One virtual machine on one backend.
 #[derive(Debug)]

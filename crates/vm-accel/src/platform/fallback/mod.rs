@@ -3,13 +3,14 @@
 //! The emulator of the shared x86 layer is the CPU here. vCPUs run in parallel, each on the thread that calls `run`, where
 //! the host orders memory as x86 does; on other hosts they take turns.
 
-use super::soft_apic::lock;
-use super::x86::machine::{PAGE, impl_accel};
-use super::x86::{Engine, Groups, Left, Machine, Order, Platform, Shared, XSAVE_SIZE};
-use crate::accel::{AccelKind, Capabilities, GuestArch, MemoryFlags};
-use crate::error::VcpuResult;
-use crate::memory::{GuestRegion, WriteWatcher};
 use std::sync::{Arc, Mutex};
+use vm_accel_backend::impl_accel;
+use vm_accel_backend::lock;
+use vm_accel_backend::x86::{Engine, Groups, Left, Machine, Order, PAGE, Platform, Shared, XSAVE_SIZE};
+use vm_accel_core::accel::{AccelKind, Capabilities, GuestArch, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::VcpuResult;
+use vm_accel_core::memory::{GuestRegion, WriteWatcher};
 use vm_accel_softcpu::{Config, Cpu, CpuState, Exit, NoBus, Ram};
 
 /// More is possible, but nobody has seen it; each costs memory for its caches.
@@ -41,7 +42,7 @@ impl Default for NoAccel {
 pub(crate) fn capabilities() -> Capabilities {
     let cpu = Cpu::new(0, Config::default(), Ram::new(), Box::new(NoBus));
     let address_sizes = cpu.cpuid().iter().find(|entry| entry.leaf == 0x8000_0008);
-    Capabilities {
+    capabilities! {
         max_vcpus: MAX_VCPUS,
         max_vcpu_id: MAX_VCPUS,
         // Each is an entry of a table; this many is more than any machine has.

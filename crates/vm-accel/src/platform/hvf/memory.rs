@@ -1,15 +1,15 @@
 //! Memory of the framework's virtual machine: mappings, and a dirty log by write protection, as there is no other.
 
 use super::check;
-use crate::accel::MemoryFlags;
-use crate::error::VcpuResult;
-use crate::memory::GuestRegion;
-use crate::platform::slots::Mapper;
-use crate::platform::soft_apic::lock;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Mutex;
+use vm_accel_backend::lock;
+use vm_accel_backend::slots::Mapper;
+use vm_accel_core::accel::MemoryFlags;
+use vm_accel_core::error::VcpuResult;
+use vm_accel_core::memory::GuestRegion;
 use vm_accel_sys::hvf::{HvReturn, memory};
 
 /// The framework's calls; both architectures have the same.

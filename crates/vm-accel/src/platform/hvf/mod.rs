@@ -13,8 +13,8 @@ pub use aarch64::AccelHvf;
 #[cfg(all(target_os = "macos", target_arch = "x86_64"))]
 pub use x86_64::AccelHvf;
 
-use crate::accel::AccelKind;
-use crate::error::{AccelError, RawCode, UnavailableReason, VcpuResult};
+use vm_accel_core::accel::AccelKind;
+use vm_accel_core::error::{AccelError, RawCode, UnavailableReason, VcpuResult};
 use vm_accel_sys::hvf::{HvReturn, code};
 
 /// Makes an error of what the framework answered.

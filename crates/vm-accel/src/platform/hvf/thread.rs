@@ -4,13 +4,13 @@
 //! anywhere all the same: then the destruction waits for the owner, which does it when it next creates a vCPU, or when it
 //! ends. No call is ever made from another thread, and nothing is destroyed twice.
 
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::soft_apic::lock;
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
+use vm_accel_backend::lock;
+use vm_accel_core::error::{AccelError, VcpuResult};
 
 type Destroy = Box<dyn FnOnce() + Send>;
 

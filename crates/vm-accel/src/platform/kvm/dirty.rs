@@ -5,10 +5,7 @@
 //! per vCPU; a full ring makes KVM_RUN exit, and the run loop empties it there.
 
 use super::{Slot, errno, lock, refused};
-use crate::accel::MemoryFlags;
-use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm as ffi;
-use crate::memory::DirtyBitmap;
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::HashMap;
@@ -16,10 +13,13 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use vm_accel_core::accel::MemoryFlags;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::memory::DirtyBitmap;
 
 /// The kernel logs in units of its page size; slots are multiples of it.
 fn page() -> u64 {
-    crate::memory::host_page_size()
+    vm_accel_core::memory::host_page_size()
 }
 
 /// The ring's capability on this kernel, the one with stated memory ordering first.

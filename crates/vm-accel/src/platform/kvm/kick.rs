@@ -9,13 +9,13 @@
 //! thread id, then enters the kernel, which loads `immediate_exit`. With sequential consistency on both sides at least
 //! one of them sees the other's store.
 
-use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm::last_errno;
-use crate::vcpu_common::KickTarget;
 use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::vcpu_common::KickTarget;
 
 /// The signal that kicks, once it is decided; 0 before.
 static SIGNAL: Mutex<i32> = Mutex::new(0);

@@ -17,22 +17,23 @@ mod vcpu;
 pub use kick::set_kick_signal;
 pub(crate) use probe::probe;
 
-use crate::accel::{
-    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget, MemoryFlags,
-    MsiMessage,
-};
-use crate::error::{AccelError, RawCode, VcpuResult};
-use crate::event::HostEvent;
 use crate::ffi::kvm as ffi;
-use crate::memory::{DirtyBitmap, GuestRegion};
-use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
-use crate::vcpu_common::VcpuOps;
 use kvm_bindings as kb;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use vm_accel_core::accel::{
+    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, IrqTarget, MemoryFlags,
+    MsiMessage,
+};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, RawCode, VcpuResult};
+use vm_accel_core::event::HostEvent;
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
+use vm_accel_core::regs::aarch64::{Aarch64Features, Gic, GicState};
+use vm_accel_core::vcpu_common::VcpuOps;
 
 /// An error of an ioctl.
 fn refused(op: &'static str) -> impl Fn(kvm_ioctls::Error) -> AccelError {
@@ -205,7 +206,7 @@ fn host_capabilities(kvm: &Kvm, fd: &VmFd) -> VcpuResult<Capabilities> {
 fn capabilities(kvm: &Kvm, fd: &VmFd) -> VcpuResult<Capabilities> {
     let value = |cap: Cap| u32::try_from(fd.check_extension_int(cap)).unwrap_or(0);
     let has = |cap: Cap| value(cap) != 0;
-    let mut caps = Capabilities {
+    let mut caps = capabilities! {
         max_vcpus: kvm.get_max_vcpus() as u32,
         max_vcpu_id: kvm.get_max_vcpu_id() as u32,
         max_memory_slots: kvm.get_nr_memslots() as u32,

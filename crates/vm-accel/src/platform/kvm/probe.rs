@@ -1,11 +1,11 @@
 //! Whether KVM can be used here: the device, the permission, the version, and whether guest ring 0 really runs.
 
 use super::{AccelKvm, arch};
-use crate::accel::{Accel, AccelKind, Capabilities};
-use crate::error::{AccelError, RawCode, UnavailableReason, VcpuResult};
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CStr;
 use std::os::unix::fs::MetadataExt;
+use vm_accel_core::accel::{Accel, AccelKind, Capabilities};
+use vm_accel_core::error::{AccelError, RawCode, UnavailableReason, VcpuResult};
 
 const DEVICE: &str = "/dev/kvm";
 

@@ -8,18 +8,18 @@
 use super::arch;
 use super::kick::{Kick, RunFlag};
 use super::{KvmVm, errno};
-use crate::accel::AccelKind;
-use crate::error::{AccelError, InstructionBytes, VcpuResult};
 use crate::ffi::kvm as ffi;
-use crate::regs::aarch64::Aarch64Vcpu;
-use crate::regs::x86_64::X86Vcpu;
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{DebugEvent, GuestDebug, IoDirection, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use kvm_bindings as kb;
 use kvm_ioctls::VcpuFd;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use vm_accel_core::accel::AccelKind;
+use vm_accel_core::error::{AccelError, InstructionBytes, VcpuResult};
+use vm_accel_core::regs::aarch64::Aarch64Vcpu;
+use vm_accel_core::regs::x86_64::X86Vcpu;
+use vm_accel_core::regs::{FpuRegs, GuestRegs};
+use vm_accel_core::vcpu_common::{DebugEvent, GuestDebug, IoDirection, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 
 /// An access that the next `KVM_RUN` finishes.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +57,7 @@ pub(super) struct KvmVcpu {
     debug_event: Option<DebugEvent>,
 }
 
-crate::macros::impl_vcpu_new!(KvmVcpu, KvmVm, run_area_size);
+vm_accel_core::impl_vcpu_new!(KvmVcpu, KvmVm, run_area_size);
 
 /// The `kvm_run` structure that the kernel shares with this vCPU, and the data behind it.
 #[derive(Debug, Clone, Copy)]

@@ -2,7 +2,7 @@
 //!
 //! [`AccelVz`] is an [`Accel`] whose vCPU and memory calls answer `Unsupported`; everything goes through
 //! [`Accel::as_whole_vm`]. This file holds what can be judged without the framework: ranges, order, states. Below it stands the small trait
-//! [`Platform`], which `objc.rs` implements on macOS and a mock in the tests everywhere. Nothing in here may wait inside one of
+//! `Platform`, which `objc.rs` implements on macOS and a mock in the tests everywhere. Nothing in here may wait inside one of
 //! the framework's callbacks.
 
 #[cfg(target_os = "macos")]
@@ -10,16 +10,17 @@ mod objc;
 #[cfg(test)]
 mod tests;
 
-use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, MemoryFlags};
-use crate::error::{AccelError, VcpuResult};
-use crate::memory::GuestRegion;
-use crate::vcpu_common::VcpuOps;
-use crate::whole_vm::{WholeVm, WholeVmConfig, WholeVmState};
 use std::fmt;
 use std::fs::File;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::OnceLock;
+use vm_accel_core::accel::{Accel, AccelKind, Capabilities, GuestArch, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::memory::GuestRegion;
+use vm_accel_core::vcpu_common::VcpuOps;
+use vm_accel_core::whole_vm::{WholeVm, WholeVmConfig, WholeVmState};
 
 /// RAM comes in units of this (documentation of `VZVirtualMachineConfiguration.memorySize`).
 const MEMORY_UNIT: u64 = 1 << 20;
@@ -91,7 +92,7 @@ impl AccelVz {
         // A machine's architecture is the host's.
         let arch = if std::env::consts::ARCH == "aarch64" { GuestArch::Aarch64 } else { GuestArch::X86_64 };
         let limits = platform.limits();
-        let capabilities = Capabilities {
+        let capabilities = capabilities! {
             max_vcpus: 0,
             max_vcpu_id: 0,
             max_memory_slots: 0,

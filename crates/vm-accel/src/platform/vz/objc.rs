@@ -4,9 +4,6 @@
 //! operation is started on the queue, and waited for outside of it. Waiting on the queue would never end.
 
 use super::{Limits, Machine, Platform};
-use crate::accel::AccelKind;
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::whole_vm::{WholeVmBoot, WholeVmConfig, WholeVmDisk, WholeVmSerial, WholeVmState};
 use block2::{DynBlock, RcBlock};
 use dispatch2::{DispatchQueue, DispatchRetained};
 use objc2::rc::Retained;
@@ -25,6 +22,9 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{BorrowedFd, IntoRawFd as _};
 use std::path::Path;
 use std::sync::mpsc;
+use vm_accel_core::accel::AccelKind;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::whole_vm::{WholeVmBoot, WholeVmConfig, WholeVmDisk, WholeVmSerial, WholeVmState};
 
 const ENTITLEMENT: &str = "com.apple.security.virtualization";
 
@@ -342,6 +342,7 @@ fn boot_loader(boot: &WholeVmBoot) -> VcpuResult<Retained<VZBootLoader>> {
                 Ok(loader.into_super())
             }
         }
+        _ => Err(AccelError::Unsupported { kind: Some(AccelKind::Vz), what: "this way to boot" }),
     }
 }
 

@@ -1,9 +1,9 @@
 //! What stands above the framework, on a mock of it.
 
 use super::*;
-use crate::whole_vm::WholeVmBoot;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use vm_accel_core::whole_vm::WholeVmBoot;
 
 /// A framework that writes down what it is asked for and walks through the states as the real one says it does.
 #[derive(Debug, Clone)]
@@ -210,7 +210,7 @@ fn there_are_no_vcpus_and_the_error_says_what_to_use() {
     let Err(error) = vm.create_vcpu(0) else { panic!("a vCPU on VZ") };
     assert!(matches!(error, AccelError::Unsupported { kind: Some(AccelKind::Vz), .. }), "{error:?}");
     assert!(error.to_string().contains("as_whole_vm"), "{error}");
-    let region = GuestRegion::anonymous(crate::memory::host_page_size()).unwrap();
+    let region = GuestRegion::anonymous(vm_accel_core::memory::host_page_size()).unwrap();
     assert!(vm.map_memory(0, &region, MemoryFlags::RAM).is_err());
     assert_eq!((vm.capabilities().max_vcpus, vm.capabilities().max_whole_vm_cpus), (0, 8));
 }

@@ -4,8 +4,8 @@
 //! Virtual processors and cancellations hold the partition, so it is deleted when the last of them is gone: no call overlaps
 //! the deletion.
 
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, RawCode, UnavailableReason};
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, RawCode, UnavailableReason};
 use vm_accel_sys::whpx::HRESULT;
 use vm_accel_sys::whpx::map_flag;
 
@@ -74,8 +74,8 @@ macro_rules! call {
                 code if vm_accel_sys::whpx::code::succeeded(code) => Ok(()),
                 code => Err($crate::platform::whpx::partition::failed(stringify!($function), code)),
             },
-            None => Err($crate::error::AccelError::Unsupported {
-                kind: Some($crate::accel::AccelKind::Whpx),
+            None => Err(vm_accel_core::error::AccelError::Unsupported {
+                kind: Some(vm_accel_core::accel::AccelKind::Whpx),
                 what: stringify!($function),
             }),
         }

@@ -2,10 +2,10 @@
 
 use super::Vm;
 use super::vcpu::Shared;
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{MPIDR_AFFINITY, affinity};
-use crate::vcpu_common::VcpuExit;
 use std::sync::Arc;
+use vm_accel_backend::lock;
+use vm_accel_core::regs::aarch64::{MPIDR_AFFINITY, affinity};
+use vm_accel_core::vcpu_common::VcpuExit;
 
 /// Functions; those with [`WIDE`] set take 64-bit arguments.
 mod function {

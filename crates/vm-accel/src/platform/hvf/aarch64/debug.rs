@@ -1,12 +1,12 @@
 //! Debugging by the host: debug exceptions are trapped, and the guest's debug registers stand aside meanwhile.
 
 use super::state::Registers;
-use crate::error::VcpuResult;
-use crate::platform::aarch64_access::exception::pstate;
-use crate::platform::aarch64_debug::comparators;
-use crate::regs::aarch64::PlatformRegister;
-use crate::vcpu_common::{BreakOn, GuestDebug};
 use std::collections::BTreeMap;
+use vm_accel_backend::aarch64_access::exception::pstate;
+use vm_accel_backend::aarch64_debug::comparators;
+use vm_accel_core::error::VcpuResult;
+use vm_accel_core::regs::aarch64::PlatformRegister;
+use vm_accel_core::vcpu_common::{BreakOn, GuestDebug};
 use vm_accel_sys::hvf::aarch64::{reg, sys_reg};
 
 /// MDSCR_EL1 (Arm ARM, D24.3.21): software step, breakpoints and watchpoints at EL1 too, and at all.

@@ -8,15 +8,15 @@
 
 use super::vcpu::HvfVcpu;
 use super::{Owned, Vm};
-use crate::accel::{AccelKind, IrqSink, MsiMessage};
-use crate::error::{AccelError, RawCode, VcpuResult};
 use crate::platform::hvf::check;
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{
-    Gic, GicState, GicVersion, MsiFrame, PHYSICAL_TIMER_INTID, PMU_INTID, VIRTUAL_TIMER_INTID, private_line,
-};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vm_accel_backend::lock;
+use vm_accel_core::accel::{AccelKind, IrqSink, MsiMessage};
+use vm_accel_core::error::{AccelError, RawCode, VcpuResult};
+use vm_accel_core::regs::aarch64::{
+    Gic, GicState, GicVersion, MsiFrame, PHYSICAL_TIMER_INTID, PMU_INTID, VIRTUAL_TIMER_INTID, private_line,
+};
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, Object, gic};
 use vm_accel_sys::hvf::code;
 

@@ -29,13 +29,6 @@ mod vcpu;
 
 use super::memory::{Calls, Mappings};
 use super::unavailable;
-use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, IrqHandle, MemoryFlags};
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::memory::{DirtyBitmap, GuestRegion};
-use crate::platform::slots::{Rules, Slots};
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
-use crate::vcpu_common::VcpuOps;
 use gic::FrameworkGic;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,6 +36,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vcpu::{HvfVcpu, Shared};
+use vm_accel_backend::lock;
+use vm_accel_backend::slots::{Rules, Slots};
+use vm_accel_core::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, IrqHandle, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
+use vm_accel_core::regs::aarch64::{Aarch64Features, Gic, GicState};
+use vm_accel_core::vcpu_common::VcpuOps;
 use vm_accel_sys::hvf::aarch64::{FEATURE_REGS, HvfArm64Api, Object, PAGE_SIZE, Timebase, sys_reg};
 
 /// Width of guest physical addresses where the framework lets none be chosen.
@@ -216,7 +217,7 @@ impl Config {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
+        capabilities! {
             max_vcpus: self.max_vcpus,
             max_vcpu_id: self.max_vcpus,
             // The framework names no limit.

@@ -1,15 +1,17 @@
 //! The registers of a vCPU: kept here until its thread enters it for the first time, the framework's from then on.
 
 use super::{Vm, gic};
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::aarch64_access::exception::pstate;
 use crate::platform::hvf::check;
 use crate::platform::hvf::thread::{Owner, reap};
-use crate::regs::GuestRegs;
-use crate::regs::aarch64::{self as aarch64, Aarch64FpuRegs, PSTATE_EL1H_MASKED, PlatformRegister, Reg, affinity};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use vm_accel_backend::aarch64_access::exception::pstate;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::GuestRegs;
+use vm_accel_core::regs::aarch64::{
+    self as aarch64, Aarch64FpuRegs, PSTATE_EL1H_MASKED, PlatformRegister, Reg, affinity,
+};
 use vm_accel_sys::hvf::aarch64::{HvfArm64Api, VcpuExit, Vector, gic as numbers, reg, sys_reg};
 
 /// Bits of SCTLR_EL1 that are one on a CPU without extensions (Arm ARM, D24.2.118).

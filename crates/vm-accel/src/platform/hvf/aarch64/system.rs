@@ -1,9 +1,9 @@
 //! The backend on the running macOS.
 
 use super::AccelHvf;
-use crate::accel::Capabilities;
-use crate::error::VcpuResult;
 use crate::platform::hvf::missing;
+use vm_accel_core::accel::Capabilities;
+use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::hvf::aarch64::HvfArm64Api;
 
 impl AccelHvf {

@@ -8,21 +8,21 @@ use super::call::{Answer, Power, answer};
 use super::debug::Debugging;
 use super::gic;
 use super::state::Registers;
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::aarch64_access::exception::{ISS_WALK, ISS_WRITE, SYNCHRONOUS, class, pstate};
-use crate::platform::aarch64_access::{Access, Cpu, System};
-use crate::platform::aarch64_debug::debug_event;
 use crate::platform::hvf::check;
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{
-    self as aarch64, Aarch64Events, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu, PlatformRegister, VirtualTimer,
-};
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{DebugEvent, GuestDebug, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
+use vm_accel_backend::aarch64_access::exception::{ISS_WALK, ISS_WRITE, SYNCHRONOUS, class, pstate};
+use vm_accel_backend::aarch64_access::{Access, Cpu, System};
+use vm_accel_backend::aarch64_debug::debug_event;
+use vm_accel_backend::lock;
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{
+    self as aarch64, Aarch64Events, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu, PlatformRegister, VirtualTimer,
+};
+use vm_accel_core::regs::{FpuRegs, GuestRegs};
+use vm_accel_core::vcpu_common::{DebugEvent, GuestDebug, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use vm_accel_sys::hvf::aarch64::{ExitException, HvfArm64Api, interrupt, reason, reg, sys_reg};
 
 /// Exception classes beside the shared ones.

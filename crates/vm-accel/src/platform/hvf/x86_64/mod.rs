@@ -18,17 +18,18 @@ mod vcpu;
 
 use super::memory::{Calls, Mappings};
 use super::unavailable;
-use crate::accel::{AccelKind, Capabilities, MemoryFlags};
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::memory::GuestRegion;
 use crate::platform::fallback;
-use crate::platform::slots::Mapper as _;
-use crate::platform::x86::machine::{PAGE, impl_accel};
-use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use vcpu::{Controls, VmxVcpu};
+use vm_accel_backend::impl_accel;
+use vm_accel_backend::slots::Mapper as _;
+use vm_accel_backend::x86::{Machine, PAGE, Platform, Shared, reduced_cpuid};
+use vm_accel_core::accel::{AccelKind, Capabilities, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::memory::GuestRegion;
 use vm_accel_softcpu::{CpuidEntry, Ram};
 use vm_accel_sys::hvf::x86_64::{HvfX86Api, capability, cpu_based};
 
@@ -107,8 +108,8 @@ fn capabilities(api: &HvfX86Api, host: Host, controls: &Controls) -> Capabilitie
     // The framework of macOS before 10.15 does not tell; its header allows 64 (HV_VCPU_MAX).
     let max_vcpus = if max_vcpus == 0 { 64 } else { u32::try_from(max_vcpus).unwrap_or(u32::MAX).min(255) };
     let host_bits = host.cpuid.map_or(u32::MAX, |cpuid| cpuid(0x8000_0008, 0)[0] & 0xff);
-    Capabilities {
-        max_vcpus,
+    capabilities! {
+        max_vcpus: max_vcpus,
         max_vcpu_id: max_vcpus,
         // EPT maps of four levels reach 48 bits.
         guest_phys_bits: u32::from(soft.guest_phys_bits).min(host_bits).min(48) as u8,

@@ -5,8 +5,8 @@
 //! does not see, accessed and busy bits of segments, granularity.
 
 use super::vcpu::Link;
-use crate::error::VcpuResult;
-use crate::platform::x86::{Groups, exception};
+use vm_accel_backend::x86::{Groups, exception};
+use vm_accel_core::error::VcpuResult;
 
 use vm_accel_softcpu::CpuState;
 use vm_accel_softcpu::state::{Events, Segment, Table, cr0, cr4, efer, rflags, seg};
@@ -137,7 +137,7 @@ fn has_pdptes(st: &CpuState) -> bool {
 }
 
 impl Link {
-    /// Reads groups; see [`Engine::load`](crate::platform::x86::Engine::load).
+    /// Reads groups; see [`Engine::load`](vm_accel_backend::x86::Engine::load).
     pub(super) fn load(&self, groups: Groups, into: &mut CpuState) -> VcpuResult<()> {
         if groups.contains(Groups::GPR) {
             for (gpr, register) in into.gpr.iter_mut().zip(GPRS) {
@@ -205,7 +205,7 @@ impl Link {
         Ok(())
     }
 
-    /// Writes what differs; see [`Engine::store`](crate::platform::x86::Engine::store).
+    /// Writes what differs; see [`Engine::store`](vm_accel_backend::x86::Engine::store).
     pub(super) fn store(&self, groups: Groups, old: &CpuState, new: &CpuState) -> VcpuResult<()> {
         if groups.contains(Groups::GPR) {
             for (n, register) in GPRS.into_iter().enumerate() {

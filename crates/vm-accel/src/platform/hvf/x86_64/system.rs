@@ -1,10 +1,10 @@
 //! The backend on the running macOS.
 
 use super::{AccelHvf, Host};
-use crate::accel::Capabilities;
-use crate::error::VcpuResult;
 use crate::platform::hvf::missing;
 use std::arch::x86_64::__cpuid_count;
+use vm_accel_core::accel::Capabilities;
+use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::hvf::x86_64::HvfX86Api;
 
 /// The processor below.

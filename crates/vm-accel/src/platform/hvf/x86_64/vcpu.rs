@@ -2,17 +2,17 @@
 
 use super::state::{CR0_MASK, CR4_MASK, NATIVE_MSRS};
 use super::{Hvf, Vm};
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
 use crate::platform::hvf::check;
 use crate::platform::hvf::thread::{Owner, reap};
-use crate::platform::x86::{Engine, Groups, Left, Order, PortAccess, Shared};
-use crate::regs::x86_debug::debug_registers;
-use crate::vcpu_common::{GuestDebug, VcpuExit};
 use std::cell::{Cell, OnceCell};
 use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use vm_accel_backend::x86::{Engine, Groups, Left, Order, PortAccess, Shared};
+use vm_accel_backend::x86_debug::debug_registers;
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::vcpu_common::{GuestDebug, VcpuExit};
 use vm_accel_softcpu::state::rflags;
 use vm_accel_softcpu::{Cpu, CpuState, Exit};
 use vm_accel_sys::hvf::x86_64::{

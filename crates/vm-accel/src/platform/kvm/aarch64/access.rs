@@ -3,12 +3,12 @@
 
 use super::super::lock;
 use super::super::vcpu::KvmVcpu;
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, InstructionBytes, VcpuResult};
-use crate::platform::aarch64_access::{MOST, Stage1, Transfer, decode};
-use crate::regs::aarch64::{self as aarch64, Aarch64FpuRegs, Aarch64Vcpu};
-use crate::vcpu_common::VcpuExit;
 use kvm_bindings as kb;
+use vm_accel_backend::aarch64_access::{MOST, Stage1, Transfer, decode};
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, InstructionBytes, VcpuResult};
+use vm_accel_core::regs::aarch64::{self as aarch64, Aarch64FpuRegs, Aarch64Vcpu};
+use vm_accel_core::vcpu_common::VcpuExit;
 
 /// Pages of the smallest granule: an access does not cross one in one piece.
 const PAGE: u64 = 4096;
@@ -81,7 +81,7 @@ impl KvmVcpu {
             access.done += access.asked;
             access.asked = 0;
         }
-        while access.done < access.transfer.len() {
+        while access.done < access.transfer.bytes() {
             let at = access.address.wrapping_add(access.done as u64);
             let size = usize::from(access.transfer.size);
             let len = (size - access.done % size).min(8).min((PAGE - at % PAGE) as usize);

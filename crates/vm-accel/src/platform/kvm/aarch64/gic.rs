@@ -5,11 +5,11 @@
 
 use super::super::{KvmVm, not_here, refused};
 use super::Gic;
-use crate::accel::IrqChip;
-use crate::error::{AccelError, VcpuResult};
-use crate::regs::aarch64::{GicPart, GicRegister, GicState, GicVersion, affinity, sys_reg};
 use kvm_bindings as kb;
 use kvm_ioctls::DeviceFd;
+use vm_accel_core::accel::IrqChip;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{GicPart, GicRegister, GicState, GicVersion, affinity, sys_reg};
 
 /// The kernel's device, and where it is.
 #[derive(Debug)]

@@ -17,18 +17,18 @@ pub(super) use gic::create_irqchip;
 
 use super::vcpu::KvmVcpu;
 use super::{AccelKvm, ArchVm, KvmVm, lock, not_here, refused};
-use crate::accel::{AccelKind, Capabilities, GuestArch};
-use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm as ffi;
-use crate::regs::aarch64::{Aarch64Features, Aarch64Vcpu, Gic, GicState, PMU_INTID, private_line};
-use crate::regs::x86_64::X86Vcpu;
-use crate::vcpu_common::{BreakOn, DebugEvent, GuestDebug, HardwareBreakpoint, VcpuExit, VcpuOps};
 use gic::KernelGic;
 use kvm_bindings as kb;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use regs::PC;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
+use vm_accel_core::accel::{AccelKind, Capabilities, GuestArch};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{Aarch64Features, Aarch64Vcpu, Gic, GicState, PMU_INTID, private_line};
+use vm_accel_core::regs::x86_64::X86Vcpu;
+use vm_accel_core::vcpu_common::{BreakOn, DebugEvent, GuestDebug, HardwareBreakpoint, VcpuExit, VcpuOps};
 
 pub(super) const GUEST_ARCH: GuestArch = GuestArch::Aarch64;
 

@@ -5,16 +5,16 @@
 
 use super::super::vcpu::KvmVcpu;
 use super::super::{errno, refused};
-use crate::error::{AccelError, VcpuResult};
 use crate::ffi::kvm as ffi;
-use crate::regs::aarch64::{
+use kvm_bindings as kb;
+use std::mem::offset_of;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{
     self as aarch64, Aarch64Events, Aarch64Features, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu, PlatformRegister,
     Reg, VirtualTimer,
 };
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::VcpuOps;
-use kvm_bindings as kb;
-use std::mem::offset_of;
+use vm_accel_core::regs::{FpuRegs, GuestRegs};
+use vm_accel_core::vcpu_common::VcpuOps;
 
 /// The core register at `offset` of `struct kvm_regs`, of the size that `size` says.
 const fn core(offset: usize, size: u64) -> u64 {
@@ -360,8 +360,8 @@ impl Aarch64Vcpu for KvmVcpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::regs::aarch64::sys_reg;
     use std::collections::HashSet;
+    use vm_accel_core::regs::aarch64::sys_reg;
 
     #[test]
     fn numbers_are_the_kernels() {

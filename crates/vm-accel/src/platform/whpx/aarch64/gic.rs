@@ -5,11 +5,11 @@
 //! assert shared interrupts only.
 
 use super::Vm;
-use crate::accel::{AccelKind, IrqChip, IrqSink, MsiMessage};
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{Gic, GicVersion, PMU_INTID, VIRTUAL_TIMER_INTID, affinity, private_line};
 use std::sync::atomic::Ordering;
+use vm_accel_backend::lock;
+use vm_accel_core::accel::{AccelKind, IrqChip, IrqSink, MsiMessage};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{Gic, GicVersion, PMU_INTID, VIRTUAL_TIMER_INTID, affinity, private_line};
 use vm_accel_sys::whpx::aarch64::{IcParameters, InterruptControl, InterruptKind};
 
 const GICV3: u32 = 1;

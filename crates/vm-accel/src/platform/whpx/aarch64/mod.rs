@@ -20,20 +20,21 @@ mod system;
 mod vcpu;
 
 use super::partition::{is_off, map_flags, unavailable};
-use crate::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, IrqHandle, MemoryFlags};
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::memory::{DirtyBitmap, GuestRegion};
-use crate::platform::gate::Alarm;
-use crate::platform::slots::{Mapper, Rules, Slots};
-use crate::platform::soft_apic::lock;
-use crate::regs::aarch64::{Aarch64Features, Gic, GicState};
-use crate::vcpu_common::VcpuOps;
 use partition::{Partition, capability};
 use registers::Row;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 use vcpu::WhpxVcpu;
+use vm_accel_backend::gate::Alarm;
+use vm_accel_backend::lock;
+use vm_accel_backend::slots::{Mapper, Rules, Slots};
+use vm_accel_core::accel::{Accel, AccelKind, Capabilities, GuestArch, IrqChip, IrqHandle, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
+use vm_accel_core::regs::aarch64::{Aarch64Features, Gic, GicState};
+use vm_accel_core::vcpu_common::VcpuOps;
 use vm_accel_sys::whpx::aarch64::{
     ANY_VP, ExtendedVmExits, Features, RegisterValue, WhpApi, capability as code, feature, property,
 };
@@ -98,7 +99,7 @@ fn capabilities(api: &WhpApi) -> VcpuResult<Capabilities> {
     }
     let exits = ExtendedVmExits(capability(api, code::EXTENDED_VM_EXITS)?.unwrap_or(0));
     let bits = capability(api, code::PHYSICAL_ADDRESS_WIDTH)?.map_or(DEFAULT_ADDRESS_BITS, |bits| bits as u32 as u8);
-    Ok(Capabilities {
+    Ok(capabilities! {
         max_vcpus: MAX_VCPUS,
         max_vcpu_id: MAX_VCPUS,
         // The platform names no limit.

@@ -1,7 +1,7 @@
 //! A partition on arm64.
 
-use crate::error::VcpuResult;
 use crate::platform::whpx::partition::{call, is_code, partition};
+use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::whpx::aarch64::{ExitContext, InterruptControl, RegisterValue, WhpApi};
 
 partition!(WhpApi, u32, RegisterValue, ExitContext);

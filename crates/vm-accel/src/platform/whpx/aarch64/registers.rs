@@ -3,16 +3,16 @@
 
 use super::Vm;
 use super::gic::redistributor;
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::aarch64_access::exception::pstate;
 use crate::platform::whpx::partition::is_code;
-use crate::regs::GuestRegs;
-use crate::regs::aarch64::{
+use std::cell::Cell;
+use std::sync::Arc;
+use vm_accel_backend::aarch64_access::exception::pstate;
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::GuestRegs;
+use vm_accel_core::regs::aarch64::{
     Aarch64FpuRegs, Aarch64MpState, CNTVCT_EL0, MPIDR_EL1, PSTATE_EL1H_MASKED, PlatformRegister, Reg, SCTLR_EL1,
     SP_EL0, SP_EL1, affinity,
 };
-use std::cell::Cell;
-use std::sync::Arc;
 use vm_accel_sys::whpx::aarch64::{
     ANY_VP, Activity, FEATURE_REGS, RegisterName, RegisterValue, SYSTEM_REGS, feature, register,
 };

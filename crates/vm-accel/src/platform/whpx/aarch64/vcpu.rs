@@ -5,20 +5,20 @@
 
 use super::Vm;
 use super::registers::Registers;
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::aarch64_access::exception::{ISS_WALK, ISS_WRITE, class};
-use crate::platform::aarch64_access::{Access, Cpu, System};
-use crate::platform::gate::Gate;
-use crate::platform::soft_apic::Wake;
-use crate::regs::aarch64::{
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vm_accel_backend::aarch64_access::exception::{ISS_WALK, ISS_WRITE, class};
+use vm_accel_backend::aarch64_access::{Access, Cpu, System};
+use vm_accel_backend::gate::Gate;
+use vm_accel_backend::gate::Wake;
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::aarch64::{
     Aarch64Events, Aarch64Features, Aarch64FpuRegs, Aarch64MpState, Aarch64Vcpu, CNTV_CTL_EL0, CNTV_CVAL_EL0,
     CNTVCT_EL0, PlatformRegister, VirtualTimer,
 };
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use vm_accel_core::regs::{FpuRegs, GuestRegs};
+use vm_accel_core::vcpu_common::{KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
 use vm_accel_sys::whpx::aarch64::{ExitContext, Hypercall, MemoryAccess, exit_reason};
 
 /// `WHV_MEMORY_ACCESS_TYPE`.

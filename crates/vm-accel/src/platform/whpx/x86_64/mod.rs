@@ -15,18 +15,19 @@ mod registers;
 mod system;
 mod vcpu;
 
-use crate::accel::{AccelKind, Capabilities, MemoryFlags};
-use crate::error::{AccelError, UnavailableReason, VcpuResult};
-use crate::memory::GuestRegion;
 use crate::platform::fallback;
-use crate::platform::soft_apic::lock;
 use crate::platform::whpx::partition::{is_off, map_flags, unavailable};
-use crate::platform::x86::machine::impl_accel;
-use crate::platform::x86::{Machine, Platform, Shared, reduced_cpuid};
 use partition::{Partition, capability};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vcpu::Processor;
+use vm_accel_backend::impl_accel;
+use vm_accel_backend::lock;
+use vm_accel_backend::x86::{Machine, Platform, Shared, reduced_cpuid};
+use vm_accel_core::accel::{AccelKind, Capabilities, MemoryFlags};
+use vm_accel_core::capabilities;
+use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
+use vm_accel_core::memory::GuestRegion;
 use vm_accel_softcpu::Ram;
 use vm_accel_softcpu::apic::{DeliveryMode, Destination, Message};
 use vm_accel_sys::whpx::LIBRARY;
@@ -84,7 +85,7 @@ impl Offer {
         // The emulator's page walk has a width of its own.
         let software = fallback::capabilities();
         let width = capability(api, CAPABILITY_PHYSICAL_ADDRESS_WIDTH)?.map_or(u8::MAX, |width| width as u8);
-        let caps = Capabilities {
+        let caps = capabilities! {
             guest_phys_bits: software.guest_phys_bits.min(width),
             dirty_log: api.WHvQueryGpaRangeDirtyBitmap.is_some() && features.dirty_page_tracking() != 0,
             sync_regs: false,

@@ -1,8 +1,8 @@
 //! A partition, and what its processors have on x86-64 alone: the XSAVE area, a local APIC.
 
-use crate::error::VcpuResult;
 use crate::platform::whpx::partition::{call, is_code, partition};
 use std::ffi::c_void;
+use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::whpx::code::WHV_E_INSUFFICIENT_BUFFER;
 use vm_accel_sys::whpx::x86_64::{
     ExitContext, INTERRUPT_CONTROLLER_STATE_SIZE, InterruptControl, RegisterValue, WhpApi,

@@ -2,7 +2,7 @@
 //!
 //! The x87 and SSE registers are not in it: they move as an XSAVE area, whose layout is beyond doubt.
 
-use crate::platform::x86::{Groups, exception};
+use vm_accel_backend::x86::{Groups, exception};
 use vm_accel_softcpu::CpuState;
 use vm_accel_softcpu::state::{Events, Segment, Table};
 use vm_accel_sys::whpx::x86_64::defs::*;

@@ -1,9 +1,9 @@
 //! The platform of the running Windows.
 
 use super::AccelWhpx;
-use crate::accel::Capabilities;
-use crate::error::VcpuResult;
 use crate::platform::whpx::partition::missing;
+use vm_accel_core::accel::Capabilities;
+use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::whpx::x86_64::WhpApi;
 
 /// The system's table.

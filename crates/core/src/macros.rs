@@ -28,7 +28,10 @@ macro_rules! reg_map {
 /// * `impl_reg_accessors!(Vcpu, wide get_fn, set_fn, reg_map!(…))`: as above for 128-bit registers, indexed 0 to 31;
 ///   generates `WIDE_REG_MAP`, `get_wide_mapped` and `set_wide_mapped` with a `[u128; 32]`.
 /// * `impl_reg_accessors!(Struct, reg_map!(…))`: the platform has a structure whose fields the table names. Generates
-///   `ToGuestRegs` and `FromGuestRegs` for it and a `const REG_MAP`-returning function for tests.
+///   `ToGuestRegs` and `FromGuestRegs` for it.
+/// * `impl_reg_accessors!(fn to_fn, fn from_fn: Struct, reg_map!(…))`: the same for a structure of another crate, for which
+///   this one may not implement those traits. Generates `to_fn(&Struct) -> GuestRegs` and
+///   `from_fn(&GuestRegs) -> Struct`.
 ///
 /// ```
 /// use vm_accel::{FromGuestRegs, GuestRegs, ToGuestRegs, impl_reg_accessors, x86_64::Reg};
@@ -42,6 +45,24 @@ macro_rules! reg_map {
 /// ```
 #[macro_export]
 macro_rules! impl_reg_accessors {
+    (fn $to:ident, fn $from:ident: $regs:ty, reg_map!($($index:expr => $field:ident),* $(,)?)) => {
+        /// The platform's registers as ours.
+        #[inline(always)]
+        fn $to(theirs: &$regs) -> $crate::GuestRegs {
+            let mut regs = $crate::GuestRegs::default();
+            $(regs.set($index as usize, theirs.$field);)*
+            regs
+        }
+
+        /// Our registers as the platform's.
+        // A table need not name every field of the platform's structure.
+        #[allow(clippy::needless_update)]
+        #[inline(always)]
+        fn $from(regs: &$crate::GuestRegs) -> $regs {
+            type Theirs = $regs;
+            Theirs { $($field: regs.get($index as usize),)* ..Default::default() }
+        }
+    };
     ($vcpu:ty, $get:ident, $set:ident, reg_map!($($index:expr => $reg:ident),* $(,)?)) => {
         impl $vcpu {
             /// The registers that the accessors move.
@@ -109,8 +130,7 @@ macro_rules! impl_reg_accessors {
 /// `impl_vcpu_new!(VcpuType, VmType, mmap_size_fn)` expects of `VmType` (behind an `Arc`) the methods
 /// `mmap_size_fn(&self) -> VcpuResult<usize>` and `open_vcpu(&self, id: u32) -> VcpuResult<Fd>`, and of `VcpuType` the
 /// constant `RUN_AREA` (bytes that it uses of the run area) and `from_parts(Arc<VmType>, u32, Fd) -> VcpuResult<Self>`.
-// Hosts without a KVM-like platform have no vCPU that is made this way.
-#[allow(unused_macros)]
+#[macro_export]
 macro_rules! impl_vcpu_new {
     ($vcpu:ty, $vm:ty, $mmap_size:ident) => {
         impl $vcpu {
@@ -132,53 +152,21 @@ macro_rules! impl_vcpu_new {
         }
     };
 }
-#[allow(unused_imports)]
-pub(crate) use impl_vcpu_new;
 
-/// Copies a group of state between one of this library's structures and a platform's, field by field, both ways.
+/// [`Capabilities`](crate::Capabilities) that differ from others in some fields. A backend outside this crate cannot write the
+/// structure down, because it may get more fields.
 ///
-/// `struct_map!(Ours, Theirs { ours = theirs, …; flags: ours = theirs, … })`: fields in the first part have the same
-/// meaning and convertible integer types; those after `flags:` are `bool` in ours and 0 or 1 in theirs.
-macro_rules! struct_map {
-    ($ours:ty, $theirs:ty {
-        $($ours_field:ident = $theirs_field:ident),* $(,)?
-        $(; flags: $($ours_flag:ident = $theirs_flag:ident),* $(,)?)?
-    }) => {
-        impl From<&$theirs> for $ours {
-            #[allow(clippy::needless_update)]
-            fn from(theirs: &$theirs) -> Self {
-                Self {
-                    $($ours_field: theirs.$theirs_field as _,)*
-                    $($($ours_flag: theirs.$theirs_flag != 0,)*)?
-                    ..Default::default()
-                }
-            }
-        }
-
-        impl From<&$ours> for $theirs {
-            #[allow(clippy::needless_update)]
-            fn from(ours: &$ours) -> Self {
-                Self {
-                    $($theirs_field: ours.$ours_field as _,)*
-                    $($($theirs_flag: ours.$ours_flag.into(),)*)?
-                    ..Default::default()
-                }
-            }
-        }
-    };
-}
-#[allow(unused_imports)] // As above.
-pub(crate) use struct_map;
-
-/// Checks that a conversion moves every register of its table, each into its own place.
-#[cfg(test)]
-#[allow(dead_code)] // Platforms without a structure of registers have no such conversion.
-pub(crate) fn assert_round_trip<T: crate::ToGuestRegs + crate::FromGuestRegs>(map: &[crate::RegMapping]) {
-    let mut regs = crate::GuestRegs::default();
-    for (n, entry) in map.iter().enumerate() {
-        assert_eq!(regs.get(entry.index), 0, "{} shares its index with another register", entry.name);
-        regs.set(entry.index, 0x0101_0101_0101_0101 * (n as u64 + 1));
-    }
-    let back = T::from_guest_regs(&regs).and_then(|theirs| theirs.to_guest_regs());
-    assert_eq!(back, Ok(regs));
+/// ```
+/// use vm_accel_core::{Capabilities, GuestArch, capabilities};
+/// let caps = capabilities! { max_vcpus: 4, dirty_log: true, ..Capabilities::minimal(GuestArch::X86_64) };
+/// assert_eq!((caps.max_vcpus, caps.dirty_log, caps.guest_debug), (4, true, false));
+/// ```
+#[macro_export]
+macro_rules! capabilities {
+    ($($field:ident: $value:expr,)* ..$base:expr) => {{
+        // The base comes last, as in a structure: the values may use it.
+        let ($($field,)* mut caps) = ($($value,)* $base);
+        $(caps.$field = $field;)*
+        caps
+    }};
 }

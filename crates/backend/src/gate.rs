@@ -4,7 +4,7 @@
 //! sticky by some, by some not at all. So the caller leaves word ([`Gate::kick`]), and as long as the vCPU stays inside
 //! without having read it the cancellation is repeated, by the machine's [`Alarm`], whose thread also rings at deadlines.
 
-use crate::platform::soft_apic::{Wake, lock};
+use crate::lock;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -13,10 +13,19 @@ use std::time::{Duration, Instant};
 /// How long a cancellation has to show effect.
 const AGAIN: Duration = Duration::from_millis(1);
 
-type Cancel = Box<dyn Fn() + Send + Sync>;
+/// What takes a vCPU out of the guest.
+pub type Cancel = Box<dyn Fn() + Send + Sync>;
+
+/// What makes a CPU's thread look at its mailbox.
+pub trait Wake: Send + Sync {
+    /// There is mail: the CPU leaves the guest.
+    fn kick(&self);
+    /// The APIC may have an interrupt for the CPU.
+    fn poll(&self);
+}
 
 /// The door between a vCPU's thread and those who want it back.
-pub(crate) struct Gate {
+pub struct Gate {
     /// Word was left that the vCPU's thread has not read.
     asked: AtomicBool,
     /// The vCPU's thread is in the guest, or about to be.
@@ -36,7 +45,8 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(cancel: Cancel, alarm: &Arc<Alarm>) -> Arc<Self> {
+    /// A door; `cancel` takes the vCPU out of the guest and is never called after [`close`](Gate::close).
+    pub fn new(cancel: Cancel, alarm: &Arc<Alarm>) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             asked: AtomicBool::new(false),
             inside: AtomicBool::new(false),
@@ -48,13 +58,13 @@ impl Gate {
     }
 
     /// The vCPU's thread is about to look at its mail.
-    pub(crate) fn attend(&self) {
+    pub fn attend(&self) {
         // Acquire: what the caller did before it left word is visible. A word left from now on stays.
         self.asked.swap(false, Ordering::AcqRel);
     }
 
     /// The vCPU's thread wants to enter, and to be called at the deadline. False if word was left since it attended.
-    pub(crate) fn enter(&self, deadline: Option<Instant>) -> bool {
+    pub fn enter(&self, deadline: Option<Instant>) -> bool {
         *lock(&self.deadline) = deadline;
         // SeqCst pairs with `kick`: either it sees us inside, or we see its word.
         self.inside.store(true, Ordering::SeqCst);
@@ -69,7 +79,7 @@ impl Gate {
     }
 
     /// The vCPU's thread is back.
-    pub(crate) fn leave(&self) {
+    pub fn leave(&self) {
         self.inside.store(false, Ordering::SeqCst);
     }
 
@@ -91,7 +101,7 @@ impl Gate {
     }
 
     /// No cancellation is under way when this returns, and none comes any more.
-    pub(crate) fn close(&self) {
+    pub fn close(&self) {
         *lock(&self.cancel) = None;
     }
 }
@@ -116,7 +126,7 @@ impl Wake for Gate {
 
 /// When to call whom. One thread per machine, made when first needed; it ends with the machine.
 #[derive(Debug, Default)]
-pub(crate) struct Alarm {
+pub struct Alarm {
     state: Mutex<State>,
     changed: Condvar,
 }

@@ -1,11 +1,11 @@
 //! x86 debug registers as hosts use them to debug a guest: from the neutral request to DR0–DR3 and DR7, and from DR6 back.
 //! (Intel SDM vol. 3, 18.2.)
 
-use crate::error::{AccelError, VcpuResult};
-use crate::vcpu_common::{BreakOn, DebugEvent, HardwareBreakpoint};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::vcpu_common::{BreakOn, DebugEvent, HardwareBreakpoint};
 
 /// DR0–DR3 and DR7 for these breakpoints.
-pub(crate) fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> VcpuResult<([u64; 4], u64)> {
+pub fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> VcpuResult<([u64; 4], u64)> {
     let mut addresses = [0; 4];
     if breakpoints.len() > addresses.len() {
         return Err(AccelError::invalid(
@@ -46,7 +46,7 @@ pub(crate) fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> VcpuResult<
 
 /// What a debug exit was: the exception's vector, where the guest stands, and the debug registers that belong to it.
 /// `addresses` are DR0–DR3 if they are known.
-pub(crate) fn debug_event(vector: u8, pc: u64, dr6: u64, dr7: u64, addresses: Option<[u64; 4]>) -> DebugEvent {
+pub fn debug_event(vector: u8, pc: u64, dr6: u64, dr7: u64, addresses: Option<[u64; 4]>) -> DebugEvent {
     const BREAKPOINT: u8 = 3;
     const SINGLE_STEP: u64 = 1 << 14;
     if vector == BREAKPOINT {

@@ -1,57 +1,74 @@
 //! What a VMM does about a trapped instruction: an access is taken over, or an exception taken.
 
 use super::{Access, Cpu, Next, Stage1, Transfer, decode};
-use crate::accel::AccelKind;
-use crate::error::{AccelError, InstructionBytes, VcpuResult};
-use crate::regs::aarch64::{ELR_EL1, ESR_EL1, FAR_EL1, SCTLR_EL1, SPSR_EL1, TCR_EL1, TTBR0_EL1, TTBR1_EL1, VBAR_EL1};
-use crate::vcpu_common::{PendingAccess, VcpuExit};
+use vm_accel_core::accel::AccelKind;
+use vm_accel_core::error::{AccelError, InstructionBytes, VcpuResult};
+use vm_accel_core::regs::aarch64::{
+    ELR_EL1, ESR_EL1, FAR_EL1, SCTLR_EL1, SPSR_EL1, TCR_EL1, TTBR0_EL1, TTBR1_EL1, VBAR_EL1,
+};
+use vm_accel_core::vcpu_common::{PendingAccess, VcpuExit};
 
 /// Exception classes (Arm ARM, D24.2.40, "EC"); the aborts are a lower level's, one more is the same level's.
-pub(crate) mod class {
-    pub(crate) const UNKNOWN: u64 = 0;
-    pub(crate) const INSTRUCTION_ABORT: u64 = 0x20;
-    pub(crate) const DATA_ABORT: u64 = 0x24;
-    pub(crate) const SERROR: u64 = 0x2f;
+pub mod class {
+    /// An instruction that the CPU does not know.
+    pub const UNKNOWN: u64 = 0;
+    /// From a lower exception level.
+    pub const INSTRUCTION_ABORT: u64 = 0x20;
+    /// From a lower exception level.
+    pub const DATA_ABORT: u64 = 0x24;
+    /// A system error.
+    pub const SERROR: u64 = 0x2f;
 }
 
 /// PSTATE in SPSR layout (Arm ARM, C5.2.19).
-pub(crate) mod pstate {
-    pub(crate) const SS: u64 = 1 << 21;
-    pub(crate) const A: u64 = 1 << 8;
+pub mod pstate {
+    /// Single step.
+    pub const SS: u64 = 1 << 21;
+    /// System errors are masked.
+    pub const A: u64 = 1 << 8;
     /// AArch32, exception level, selected stack pointer.
-    pub(crate) const MODE: u64 = 0x1f;
-    pub(crate) const EL: u64 = 0xc;
-    pub(crate) const EL1H: u64 = 5;
+    pub const MODE: u64 = 0x1f;
+    /// The exception level.
+    pub const EL: u64 = 0xc;
+    /// The mode of EL1 with its own stack pointer.
+    pub const EL1H: u64 = 5;
     /// What an exception keeps: the flags.
-    pub(crate) const FLAGS: u64 = 0xf << 28;
+    pub const FLAGS: u64 = 0xf << 28;
     /// D, A, I, F.
-    pub(crate) const MASKED: u64 = 0xf << 6;
+    pub const MASKED: u64 = 0xf << 6;
 }
 
-/// Fields of the syndromes of aborts.
-pub(crate) const ISS_WRITE: u64 = 1 << 6;
-pub(crate) const ISS_WALK: u64 = 1 << 7;
-pub(crate) const ISS_CACHE: u64 = 1 << 8;
+/// In the syndrome of an abort: the access was a write.
+pub const ISS_WRITE: u64 = 1 << 6;
+/// In the syndrome of an abort: it came of a walk of the guest's tables.
+pub const ISS_WALK: u64 = 1 << 7;
+/// In the syndrome of an abort: it came of a cache maintenance instruction.
+pub const ISS_CACHE: u64 = 1 << 8;
 /// A synchronous external abort, as a fault status; and that FAR says nothing.
 const EXTERNAL: u64 = 0x10;
 const ISS_NO_ADDRESS: u64 = 1 << 10;
 /// Offsets in a quarter of the vectors (Arm ARM, D1.3.1).
-pub(crate) const SYNCHRONOUS: u64 = 0;
+pub const SYNCHRONOUS: u64 = 0;
 const SERROR: u64 = 0x180;
 
 /// What that needs of a vCPU.
-pub(crate) trait System: Cpu + Sized {
+pub trait System: Cpu + Sized {
+    /// The kind of backend, for errors.
     const KIND: AccelKind;
 
     /// The access that the VMM is asked for, if there is one.
     fn access(&self) -> &Option<Access>;
+    /// The same, to change it.
     fn access_mut(&mut self) -> &mut Option<Access>;
     /// Of the last abort.
     fn syndrome(&self) -> u64;
     /// The program counter and PSTATE.
     fn state(&self) -> VcpuResult<(u64, u64)>;
+    /// Sets the program counter and PSTATE.
     fn set_state(&mut self, pc: u64, pstate: u64) -> VcpuResult<()>;
+    /// A system register, by its number in `vm_accel_core::aarch64`.
     fn sys(&self, register: u16) -> VcpuResult<u64>;
+    /// Sets a system register.
     fn set_sys(&mut self, register: u16, value: u64) -> VcpuResult<()>;
 
     /// Lets the guest take an exception at EL1 (Arm ARM, D1.3.2, "AArch64.TakeException").

@@ -4,11 +4,15 @@
 
 /// The registers that control the translation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Stage1 {
-    pub(crate) sctlr: u64,
-    pub(crate) tcr: u64,
-    pub(crate) ttbr0: u64,
-    pub(crate) ttbr1: u64,
+pub struct Stage1 {
+    /// SCTLR_EL1.
+    pub sctlr: u64,
+    /// TCR_EL1.
+    pub tcr: u64,
+    /// TTBR0_EL1.
+    pub ttbr0: u64,
+    /// TTBR1_EL1.
+    pub ttbr1: u64,
 }
 
 const SCTLR_MMU: u64 = 1 << 0;
@@ -23,13 +27,13 @@ const fn bits(value: u64, high: u32, low: u32) -> u64 {
 
 impl Stage1 {
     /// True if the guest's data is big-endian, which nothing in this library handles.
-    pub(crate) fn is_big_endian(&self) -> bool {
+    pub fn is_big_endian(&self) -> bool {
         self.sctlr & SCTLR_BIG_ENDIAN != 0
     }
 
     /// The guest physical address of `va`. `read` gives the 64-bit word at a guest physical address. `None` if the address is
     /// not mapped or a table is not in memory.
-    pub(crate) fn translate(&self, va: u64, mut read: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
+    pub fn translate(&self, va: u64, mut read: impl FnMut(u64) -> Option<u64>) -> Option<u64> {
         if self.sctlr & SCTLR_MMU == 0 {
             return Some(va);
         }

@@ -1,4 +1,4 @@
-//! One virtual machine on one backend: the [`Accel`] trait, what a backend can do, and the probe.
+//! One virtual machine on one backend: the [`Accel`] trait, and what a backend can do.
 //!
 //! Nothing in here knows a platform. A backend that cannot offer a call inherits a default that answers
 //! [`AccelError::Unsupported`]; no default succeeds silently.
@@ -13,7 +13,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// The kinds of backend. Every kind exists on every host; [`probe`](crate::probe) says which can be used.
+/// The kinds of backend. Every kind exists on every host; `vm_accel::probe` says which can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum AccelKind {
     /// Linux KVM (`/dev/kvm`).
@@ -127,7 +127,7 @@ pub struct Capabilities {
     /// Most CPUs of a machine that the platform runs as a whole, see [`Accel::as_whole_vm`].
     pub max_whole_vm_cpus: u32,
     /// `Some(true)` if the host emulates the guest's ring 0 instruction by instruction: operating systems do not boot
-    /// there. `None` if it was not examined (only [`probe`](crate::probe) examines it).
+    /// there. `None` if it was not examined (only `vm_accel::probe` examines it).
     pub emulates_ring0: Option<bool>,
 }
 
@@ -167,7 +167,7 @@ impl Capabilities {
     }
 }
 
-/// What [`probe`](crate::probe) found out about one kind of backend.
+/// What `vm_accel::probe` found out about one kind of backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeReport {
     /// The kind.

@@ -1,36 +1,34 @@
 //! x86-64 virtual machines on everything that is not KVM: the software CPU, and hypervisors that hand unfinished
 //! instructions over (HVF, WHPX).
 //!
-//! A vCPU ([`vcpu::SoftVcpu`]) always has a CPU of `vm-accel-softcpu`. On the fallback that CPU runs the guest. On a
+//! A vCPU ([`Machine`] makes them) always has a CPU of `vm-accel-softcpu`. On the fallback that CPU runs the guest. On a
 //! hypervisor it *completes*: what the platform leaves undone (port and device accesses of any instruction, writes to
 //! read-only memory, CPUID, MSRs) it executes on the registers that the platform held, and they go back before the next
 //! entry. So the completion protocol, exceptions of such instructions, and the local APIC are the same code everywhere,
 //! and a platform's part is an [`Engine`]: enter the guest, move registers.
 
-pub(super) mod bus;
-pub(super) mod machine;
+mod bus;
+mod machine;
 mod state;
-pub(super) mod vcpu;
+mod vcpu;
 
-#[allow(unused_imports, reason = "as for `Left`")]
-pub(super) use machine::{Machine, Shared, reduced_cpuid};
-#[allow(unused_imports, reason = "as above")]
-pub(super) use state::{XSAVE_SIZE, exception};
+pub use machine::{Machine, PAGE, Shared, reduced_cpuid};
+pub use state::{XSAVE_SIZE, exception};
 
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::VcpuResult;
-use crate::memory::GuestRegion;
-use crate::regs::x86_64::MpState;
-use crate::vcpu_common::{GuestDebug, VcpuExit};
 use std::sync::Arc;
 use std::time::Duration;
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::VcpuResult;
+use vm_accel_core::memory::GuestRegion;
+use vm_accel_core::regs::x86_64::MpState;
+use vm_accel_core::vcpu_common::{GuestDebug, VcpuExit};
 use vm_accel_softcpu::apic::Message;
 use vm_accel_softcpu::{Cpu, CpuState, Exit, Ram};
 
 bitflags::bitflags! {
     /// Parts of [`CpuState`] that move together.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub(crate) struct Groups: u8 {
+    pub struct Groups: u8 {
         /// `gpr[..16]`, `rip`, `rflags`.
         const GPR = 1;
         /// `segs[..6]`, `ldtr`, `tr`, `gdtr`, `idtr`, `cr0`, `cr2`, `cr3`, `cr4`, `msr.efer`. Needs GPR.
@@ -82,30 +80,34 @@ impl Groups {
 
 /// What an entry is to do besides running.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Order {
+pub struct Order {
     /// Leave with [`Left::Again`] when an external interrupt of a priority class above this task priority class could be
     /// taken: the highest requested class. Class 0 stands for "whatever the task priority is".
-    pub(crate) window: Option<u8>,
+    pub window: Option<u8>,
     /// Leave with [`Left::Again`] when a non-maskable interrupt could be taken.
-    pub(crate) nmi_window: bool,
+    pub nmi_window: bool,
     /// The local APIC's task priority class, which the guest may have in CR8.
-    pub(crate) cr8: u8,
+    pub cr8: u8,
     /// IA32_APIC_BASE.
-    pub(crate) apic_base: u64,
+    pub apic_base: u64,
 }
 
 /// An IN or OUT of which the platform told everything, so that nothing else need be loaded. Nothing else may happen with the
 /// instruction: no string, no trap or breakpoint behind it, no shadow that it ends, no event in delivery.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct PortAccess {
-    pub(crate) port: u16,
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
     /// Bytes: 1, 2 or 4.
-    pub(crate) size: u8,
-    pub(crate) is_write: bool,
-    pub(crate) rax: u64,
-    pub(crate) rip: u64,
+    pub size: u8,
+    /// OUT.
+    pub is_write: bool,
+    /// RAX before the instruction.
+    pub rax: u64,
+    /// RIP at the instruction.
+    pub rip: u64,
     /// RIP behind it.
-    pub(crate) next: u64,
+    pub next: u64,
 }
 
 impl PortAccess {
@@ -114,8 +116,7 @@ impl PortAccess {
 
     /// RIP behind an instruction of `length` bytes, if nothing in RFLAGS makes it more than a step and it does not reach the end
     /// of a 16-bit or 32-bit segment.
-    #[allow(dead_code, reason = "as for `Left`")]
-    pub(crate) fn next(rip: u64, length: u8, flags: u64) -> Option<u64> {
+    pub fn next(rip: u64, length: u8, flags: u64) -> Option<u64> {
         let next = rip.wrapping_add(length.into());
         (flags & Self::FLAGS == 0 && (1..=15).contains(&length) && (rip ^ next) >> 16 == 0).then_some(next)
     }
@@ -133,8 +134,7 @@ impl PortAccess {
 
 /// How the guest was left.
 #[derive(Debug, Clone, Copy)]
-#[allow(dead_code, reason = "hosts without a hypervisor of this kind have the fallback only")]
-pub(crate) enum Left {
+pub enum Left {
     /// The CPU of the emulator tells why; an [`Exit::Halted`] of a platform stands behind its HLT.
     Exit(Exit),
     /// The instruction at RIP is to be executed by the emulator, which needs these groups besides GPR, SYSTEM and EVENTS;
@@ -149,7 +149,7 @@ pub(crate) enum Left {
 }
 
 /// The platform's local APIC of a virtual CPU, in a machine that has the platform's.
-pub(crate) trait PlatformApic {
+pub trait PlatformApic {
     /// The page of its registers.
     fn page(&self) -> VcpuResult<[u8; 1024]>;
 
@@ -175,7 +175,7 @@ pub(crate) trait PlatformApic {
 /// that somebody asks for, once each; before the next entry [`store`](Engine::store) gets, for the groups that were loaded,
 /// what was loaded and what it is now, and writes the difference. Nothing is written that was not read or that did not
 /// change.
-pub(crate) trait Engine: Send {
+pub trait Engine: Send {
     /// The guest's state is the emulator's own: nothing is loaded or stored.
     const IN_PLACE: bool = false;
 
@@ -251,7 +251,7 @@ pub(crate) trait Engine: Send {
 }
 
 /// One virtual machine of a platform.
-pub(crate) trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
+pub trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
     /// The kind of backend.
     const KIND: AccelKind;
     /// Its vCPUs.
@@ -272,7 +272,10 @@ pub(crate) trait Platform: std::fmt::Debug + Send + Sync + Sized + 'static {
     /// Delivers a message to the platform's local APICs.
     fn deliver(&self, message: &Message) -> VcpuResult<()> {
         let _ = message;
-        Err(crate::error::AccelError::Unsupported { kind: Some(Self::KIND), what: "interrupts of the platform" })
+        Err(vm_accel_core::error::AccelError::Unsupported {
+            kind: Some(Self::KIND),
+            what: "interrupts of the platform",
+        })
     }
 
     /// Maps memory; the emulator has it already.

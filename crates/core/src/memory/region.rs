@@ -44,7 +44,7 @@ pub enum FileMapping {
 pub struct GuestRegion(Arc<Inner>);
 
 /// Who must know when the host writes to a region: a software CPU, which may have decoded code from there.
-pub(crate) trait WriteWatcher: Send + Sync {
+pub trait WriteWatcher: Send + Sync {
     /// The host wrote `len` bytes at `offset`.
     fn written(&self, offset: u64, len: u64);
 }
@@ -111,7 +111,7 @@ impl GuestRegion {
     }
 
     /// Tells `watcher` of every later write by the host, as long as it lives.
-    pub(crate) fn watch(&self, watcher: Weak<dyn WriteWatcher>) {
+    pub fn watch(&self, watcher: Weak<dyn WriteWatcher>) {
         let mut watchers = self.0.watchers.write().unwrap_or_else(PoisonError::into_inner);
         watchers.retain(|old| old.strong_count() != 0);
         watchers.push(watcher);

@@ -7,6 +7,8 @@
 //!
 //! Locks: `signals` may be held while an `apic` lock is taken, never the other way round, and no two of a kind at once.
 
+use crate::gate::Wake;
+use crate::lock;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -49,14 +51,6 @@ impl Signals {
     }
 }
 
-/// What makes a CPU's thread look at its mailbox.
-pub(crate) trait Wake: Send + Sync {
-    /// There is mail: the CPU leaves the guest.
-    fn kick(&self);
-    /// The APIC may have an interrupt for the CPU.
-    fn poll(&self);
-}
-
 impl Wake for vm_accel_softcpu::Kick {
     fn kick(&self) {
         vm_accel_softcpu::Kick::kick(self);
@@ -80,11 +74,6 @@ impl fmt::Debug for LocalApic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LocalApic").finish_non_exhaustive()
     }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Whatever is under these locks is consistent at every moment.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LocalApic {

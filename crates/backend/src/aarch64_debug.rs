@@ -1,10 +1,10 @@
 //! Breakpoints, watchpoints and debug exceptions of the architecture, for every hypervisor that lets a VMM use them.
 
-use crate::error::{AccelError, VcpuResult};
-use crate::vcpu_common::{BreakOn, DebugEvent, HardwareBreakpoint};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::vcpu_common::{BreakOn, DebugEvent, HardwareBreakpoint};
 
 /// Control and value of a breakpoint's or watchpoint's registers (Arm ARM, D24.3.2 DBGBCR, D24.3.11 DBGWCR).
-pub(crate) fn comparator(wanted: &HardwareBreakpoint) -> VcpuResult<(u64, u64)> {
+pub fn comparator(wanted: &HardwareBreakpoint) -> VcpuResult<(u64, u64)> {
     const ENABLE_AT_EL0_AND_EL1: u64 = 1 | 3 << 1;
     let HardwareBreakpoint { addr, len, on } = *wanted;
     let bad = |rule: &str| {
@@ -27,7 +27,7 @@ pub(crate) fn comparator(wanted: &HardwareBreakpoint) -> VcpuResult<(u64, u64)> 
 }
 
 /// A list's settings: what for, which register of the kind, control, value. There are so many of each kind.
-pub(crate) fn comparators(
+pub fn comparators(
     wanted: &[HardwareBreakpoint],
     breakpoints: usize,
     watchpoints: usize,
@@ -48,7 +48,7 @@ pub(crate) fn comparators(
 }
 
 /// What a debug exception was, from its syndrome (Arm ARM, D24.2.40, "EC encoding"); `None` if it is another one.
-pub(crate) fn debug_event(syndrome: u64, far: u64, pc: u64) -> Option<DebugEvent> {
+pub fn debug_event(syndrome: u64, far: u64, pc: u64) -> Option<DebugEvent> {
     Some(match syndrome >> 26 & 0x3f {
         0x30 | 0x31 => DebugEvent::HardwareBreakpoint { pc },
         0x32 | 0x33 => DebugEvent::SingleStep { pc },

@@ -3,19 +3,23 @@
 //! tables are walked for each part.
 
 use super::{MOST, Stage1, Transfer};
-use crate::error::VcpuResult;
-use crate::regs::GuestRegs;
-use crate::regs::aarch64::Aarch64FpuRegs;
-use crate::vcpu_common::{PendingAccess, VcpuExit};
+use vm_accel_core::error::VcpuResult;
+use vm_accel_core::regs::GuestRegs;
+use vm_accel_core::regs::aarch64::Aarch64FpuRegs;
+use vm_accel_core::vcpu_common::{PendingAccess, VcpuExit};
 
 /// Pages of the smallest granule: an access does not cross one in one piece.
 const PAGE: u64 = 4096;
 
 /// What finishing an access needs of a vCPU.
-pub(crate) trait Cpu {
+pub trait Cpu {
+    /// The general registers.
     fn regs(&self) -> VcpuResult<GuestRegs>;
+    /// Sets the general registers.
     fn set_regs(&mut self, regs: &GuestRegs) -> VcpuResult<()>;
+    /// The SIMD registers.
     fn fpu(&self) -> VcpuResult<Aarch64FpuRegs>;
+    /// Sets the SIMD registers.
     fn set_fpu(&mut self, regs: &Aarch64FpuRegs) -> VcpuResult<()>;
     /// Moves bytes to or from mapped memory; false if they are not in it, or must not be written.
     fn memory(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool;
@@ -30,7 +34,7 @@ enum Place {
 
 /// What an access needs next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Next {
+pub enum Next {
     /// The VMM's answer.
     Exit(VcpuExit),
     /// Nothing: the instruction is done.
@@ -41,7 +45,7 @@ pub(crate) enum Next {
 
 /// A load or store on its way.
 #[derive(Debug)]
-pub(crate) struct Access {
+pub struct Access {
     transfer: Transfer,
     place: Place,
     /// What is stored, or was loaded so far.
@@ -59,29 +63,29 @@ impl Access {
     }
 
     /// What the syndrome of a data abort tells, at the guest physical address that goes with it.
-    pub(crate) fn told(transfer: Transfer, gpa: u64, cpu: &impl Cpu) -> VcpuResult<Self> {
+    pub fn told(transfer: Transfer, gpa: u64, cpu: &impl Cpu) -> VcpuResult<Self> {
         Self::new(transfer, Place::Physical(gpa), cpu, &cpu.regs()?)
     }
 
     /// A decoded instruction.
-    pub(crate) fn decoded(transfer: Transfer, stage1: Stage1, cpu: &impl Cpu) -> VcpuResult<Self> {
+    pub fn decoded(transfer: Transfer, stage1: Stage1, cpu: &impl Cpu) -> VcpuResult<Self> {
         let regs = cpu.regs()?;
         Self::new(transfer, Place::Virtual(stage1, transfer.address(&regs)), cpu, &regs)
     }
 
     /// The access that the VMM is asked for.
-    pub(crate) fn pending(&self) -> Option<PendingAccess> {
+    pub fn pending(&self) -> Option<PendingAccess> {
         self.asked
     }
 
     /// The bytes of that access.
-    pub(crate) fn data(&self) -> &[u8] {
+    pub fn data(&self) -> &[u8] {
         let len = self.asked.map_or(0, |asked| asked.len);
         &self.data[self.done..self.done + len]
     }
 
     /// Answers a read. The caller has checked direction and length.
-    pub(crate) fn answer(&mut self, data: &[u8]) {
+    pub fn answer(&mut self, data: &[u8]) {
         self.data[self.done..self.done + data.len()].copy_from_slice(data);
         if let Some(asked) = &mut self.asked {
             asked.answered = true;
@@ -106,12 +110,12 @@ impl Access {
     }
 
     /// Takes the answer to the last exit, and goes on to the next one, or to the end of the instruction.
-    pub(crate) fn resume(&mut self, cpu: &mut impl Cpu) -> VcpuResult<Next> {
+    pub fn resume(&mut self, cpu: &mut impl Cpu) -> VcpuResult<Next> {
         if let Some(asked) = self.asked.take() {
             self.done += asked.len;
         }
         let is_write = !self.transfer.is_load;
-        while self.done < self.transfer.len() {
+        while self.done < self.transfer.bytes() {
             let Some((addr, len)) = self.part(cpu) else {
                 return Ok(Next::Lost);
             };

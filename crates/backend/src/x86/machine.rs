@@ -3,25 +3,26 @@
 
 use super::Platform;
 use super::vcpu::SoftVcpu;
-use crate::accel::{
-    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags, MsiMessage,
-};
-use crate::error::{AccelError, VcpuResult};
-use crate::event::HostEvent;
-use crate::memory::{DirtyBitmap, GuestRegion};
-use crate::platform::gate::Alarm;
-use crate::platform::slots::{Mapper, Rules, Slots};
-use crate::platform::soft_apic::{Fabric, lock};
-use crate::vcpu_common::VcpuOps;
+use crate::gate::Alarm;
+use crate::lock;
+use crate::slots::{Mapper, Rules, Slots};
+use crate::soft_apic::Fabric;
 use std::collections::HashSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
+use vm_accel_core::accel::{
+    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags, MsiMessage,
+};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::event::HostEvent;
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
+use vm_accel_core::vcpu_common::VcpuOps;
 use vm_accel_softcpu::apic::{Features, Message};
 use vm_accel_softcpu::{Config, Cpu, CpuidEntry, NoBus, Ram, RamError, TscMode};
 
 /// Pages of the software CPU, whatever the host's are.
-pub(crate) const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
 /// Whose local APICs a machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,9 +35,11 @@ enum Apics {
 
 /// What a machine and its vCPUs share.
 #[derive(Debug)]
-pub(crate) struct Shared<P: Platform> {
-    pub(crate) ram: Arc<Ram>,
-    pub(crate) slots: Slots<Memory<P>>,
+pub struct Shared<P: Platform> {
+    /// Memory as the emulator has it.
+    pub ram: Arc<Ram>,
+    /// Memory as the machine has it.
+    pub slots: Slots<Memory<P>>,
     pub(super) fabric: Arc<Fabric>,
     apics: Mutex<Apics>,
     ids: Mutex<HashSet<u32>>,
@@ -53,9 +56,10 @@ pub(crate) struct Shared<P: Platform> {
 
 /// Memory as the emulator and the platform have it.
 #[derive(Debug)]
-pub(crate) struct Memory<P> {
+pub struct Memory<P> {
     ram: Arc<Ram>,
-    pub(crate) platform: P,
+    /// The platform.
+    pub platform: P,
 }
 
 impl<P: Platform> Mapper for Memory<P> {
@@ -107,7 +111,8 @@ impl<P: Platform> Shared<P> {
         *lock(&self.apics) == Apics::Ours
     }
 
-    pub(crate) fn platform(&self) -> &P {
+    /// The platform.
+    pub fn platform(&self) -> &P {
         &self.slots.mapper.platform
     }
 
@@ -146,8 +151,7 @@ impl<P: Platform> IrqSink for Shared<P> {
 
 /// What CPUID answers on the software CPU without some bits: leaf, index into EAX, EBX, ECX and EDX, bit. `tsc_hz` is the
 /// frequency of the time-stamp counter, which CPUID tells.
-#[allow(dead_code, reason = "hosts without a hypervisor of this kind have the fallback only")]
-pub(crate) fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
+pub fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<CpuidEntry> {
     let config = Config { tsc: TscMode::Host(tsc_hz), ..Config::default() };
     let cpu = Cpu::new(0, config, Ram::new(), Box::new(NoBus));
     let mut entries = cpu.cpuid().to_vec();
@@ -167,13 +171,13 @@ pub(crate) fn reduced_cpuid(tsc_hz: u64, hidden: &[(u32, usize, u32)]) -> Vec<Cp
 
 /// One virtual machine. The field is behind an `Arc` because vCPUs keep the machine alive.
 #[derive(Debug)]
-pub(crate) struct Machine<P: Platform>(pub(crate) Arc<Shared<P>>);
+pub struct Machine<P: Platform>(pub Arc<Shared<P>>);
 
 impl<P: Platform> Machine<P> {
     /// A machine on a platform that was set up. `cpuid` is what guests are shown, by default all that the software CPU has;
     /// the local APICs have what it says. `tsc_hz` is the frequency of the guests' time-stamp counter if the platform has
     /// one of its own; then no TSC-deadline timer may be shown, which would need the counter's value at every look.
-    pub(crate) fn new(platform: P, caps: Capabilities, cpuid: Option<Vec<CpuidEntry>>, tsc_hz: Option<u64>) -> Self {
+    pub fn new(platform: P, caps: Capabilities, cpuid: Option<Vec<CpuidEntry>>, tsc_hz: Option<u64>) -> Self {
         let ram = Ram::new();
         let rules = Rules {
             kind: P::KIND,
@@ -303,35 +307,35 @@ impl<P: Platform> Accel for Machine<P> {
 }
 
 /// Implements [`Accel`] for a backend whose field `machine` is a [`Machine`].
+#[macro_export]
 macro_rules! impl_accel {
     ($Backend:ty) => {
-        $crate::platform::x86::machine::impl_accel! { $Backend;
-            map_memory(gpa: u64, region: &$crate::GuestRegion, flags: $crate::MemoryFlags) -> ();
+        $crate::impl_accel! { $Backend;
+            map_memory(gpa: u64, region: &$crate::vm_accel_core::GuestRegion, flags: $crate::vm_accel_core::MemoryFlags) -> ();
             unmap_memory(gpa: u64) -> ();
-            remap_memory(gpa: u64, region: &$crate::GuestRegion, flags: $crate::MemoryFlags) -> ();
-            protect_memory(gpa: u64, flags: $crate::MemoryFlags) -> ();
-            take_dirty(gpa: u64) -> $crate::DirtyBitmap;
-            create_irqchip(chip: $crate::IrqChip) -> ();
-            register_ioevent(event: &$crate::HostEvent, on: $crate::IoEventMatch) -> ();
-            unregister_ioevent(event: &$crate::HostEvent, on: $crate::IoEventMatch) -> ();
-            create_vcpu(id: u32) -> ::std::boxed::Box<dyn $crate::VcpuOps>;
+            remap_memory(gpa: u64, region: &$crate::vm_accel_core::GuestRegion, flags: $crate::vm_accel_core::MemoryFlags) -> ();
+            protect_memory(gpa: u64, flags: $crate::vm_accel_core::MemoryFlags) -> ();
+            take_dirty(gpa: u64) -> $crate::vm_accel_core::DirtyBitmap;
+            create_irqchip(chip: $crate::vm_accel_core::IrqChip) -> ();
+            register_ioevent(event: &$crate::vm_accel_core::HostEvent, on: $crate::vm_accel_core::IoEventMatch) -> ();
+            unregister_ioevent(event: &$crate::vm_accel_core::HostEvent, on: $crate::vm_accel_core::IoEventMatch) -> ();
+            create_vcpu(id: u32) -> ::std::boxed::Box<dyn $crate::vm_accel_core::VcpuOps>;
         }
     };
     ($Backend:ty; $($method:ident($($arg:ident: $Arg:ty),*) -> $Ret:ty;)*) => {
-        impl $crate::Accel for $Backend {
-            fn kind(&self) -> $crate::AccelKind {
+        impl $crate::vm_accel_core::Accel for $Backend {
+            fn kind(&self) -> $crate::vm_accel_core::AccelKind {
                 self.machine.kind()
             }
-            fn capabilities(&self) -> &$crate::Capabilities {
+            fn capabilities(&self) -> &$crate::vm_accel_core::Capabilities {
                 self.machine.capabilities()
             }
-            fn irq_handle(&self) -> $crate::VcpuResult<$crate::IrqHandle> {
+            fn irq_handle(&self) -> $crate::vm_accel_core::VcpuResult<$crate::vm_accel_core::IrqHandle> {
                 self.machine.irq_handle()
             }
-            $(fn $method(&mut self, $($arg: $Arg),*) -> $crate::VcpuResult<$Ret> {
+            $(fn $method(&mut self, $($arg: $Arg),*) -> $crate::vm_accel_core::VcpuResult<$Ret> {
                 self.machine.$method($($arg),*)
             })*
         }
     };
 }
-pub(crate) use impl_accel;

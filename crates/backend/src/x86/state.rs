@@ -2,20 +2,19 @@
 
 use super::vcpu::SoftVcpu;
 use super::{Engine as _, Groups, Platform};
-use crate::error::{AccelError, RawCode, VcpuResult};
-use crate::macros::struct_map;
-use crate::platform::soft_apic::lock;
-use crate::regs::FpuRegs;
-use crate::regs::x86_64::{
+use crate::lock;
+use vm_accel_core::error::{AccelError, RawCode, VcpuResult};
+use vm_accel_core::regs::FpuRegs;
+use vm_accel_core::regs::x86_64::{
     CR0_PG, CR4_PAE, CpuidEntry, DescriptorTable, EFER_LMA, FXSAVE_SIZE, LapicState, MpState, Segment, X86DebugRegs,
     X86Events, X86FpuRegs, X86Msr, X86Sregs, X86Vcpu, Xcr,
 };
-use crate::vcpu_common::VcpuOps as _;
+use vm_accel_core::vcpu_common::VcpuOps as _;
 use vm_accel_softcpu::state::{self, seg};
 use vm_accel_softcpu::{CpuState, Exception};
 
 /// Legacy area and header: x87 and SSE are all there is.
-pub(crate) const XSAVE_SIZE: usize = FXSAVE_SIZE + 64;
+pub const XSAVE_SIZE: usize = FXSAVE_SIZE + 64;
 /// XCR0 and XSTATE_BV bits that exist: x87 and SSE.
 const COMPONENTS: u64 = 3;
 
@@ -45,46 +44,48 @@ const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE; exists with a local APIC.
 const TSC_DEADLINE: u32 = 0x6e0;
 
-struct_map!(DescriptorTable, state::Table { base = base, limit = limit });
+fn table_of(theirs: state::Table) -> DescriptorTable {
+    DescriptorTable { base: theirs.base, limit: theirs.limit }
+}
 
-impl From<&state::Segment> for Segment {
-    fn from(theirs: &state::Segment) -> Self {
-        let bit = |n: u32| theirs.access >> n & 1 != 0;
-        Self {
-            base: theirs.base,
-            limit: theirs.limit,
-            selector: theirs.selector,
-            segment_type: theirs.kind(),
-            present: bit(7),
-            dpl: theirs.dpl(),
-            db: bit(14),
-            code_or_data: bit(4),
-            long: bit(13),
-            granularity: bit(15),
-            available: bit(12),
-            unusable: theirs.unusable,
-        }
+fn cpu_table(ours: DescriptorTable) -> state::Table {
+    state::Table { base: ours.base, limit: ours.limit }
+}
+
+fn segment_of(theirs: &state::Segment) -> Segment {
+    let bit = |n: u32| theirs.access >> n & 1 != 0;
+    Segment {
+        base: theirs.base,
+        limit: theirs.limit,
+        selector: theirs.selector,
+        segment_type: theirs.kind(),
+        present: bit(7),
+        dpl: theirs.dpl(),
+        db: bit(14),
+        code_or_data: bit(4),
+        long: bit(13),
+        granularity: bit(15),
+        available: bit(12),
+        unusable: theirs.unusable,
     }
 }
 
-impl From<&Segment> for state::Segment {
-    fn from(ours: &Segment) -> Self {
-        let bits = [
-            (ours.code_or_data, 4),
-            (ours.present, 7),
-            (ours.available, 12),
-            (ours.long, 13),
-            (ours.db, 14),
-            (ours.granularity, 15),
-        ];
-        let access = bits.iter().fold(0, |access, (set, bit)| access | u16::from(*set) << bit);
-        Self {
-            selector: ours.selector,
-            base: ours.base,
-            limit: ours.limit,
-            access: access | u16::from(ours.segment_type & 15) | u16::from(ours.dpl & 3) << 5,
-            unusable: ours.unusable,
-        }
+fn cpu_segment(ours: &Segment) -> state::Segment {
+    let bits = [
+        (ours.code_or_data, 4),
+        (ours.present, 7),
+        (ours.available, 12),
+        (ours.long, 13),
+        (ours.db, 14),
+        (ours.granularity, 15),
+    ];
+    let access = bits.iter().fold(0, |access, (set, bit)| access | u16::from(*set) << bit);
+    state::Segment {
+        selector: ours.selector,
+        base: ours.base,
+        limit: ours.limit,
+        access: access | u16::from(ours.segment_type & 15) | u16::from(ours.dpl & 3) << 5,
+        unusable: ours.unusable,
     }
 }
 
@@ -93,12 +94,12 @@ macro_rules! each_segment {
     ($($field:ident = $index:ident),* ; $do:ident!($ours:expr, $theirs:expr)) => {
         $(each_segment!(@$do $ours.$field, $theirs.segs[seg::$index]);)*
     };
-    (@get $ours:expr, $theirs:expr) => { $ours = (&$theirs).into() };
-    (@set $ours:expr, $theirs:expr) => { $theirs = (&$ours).into() };
+    (@get $ours:expr, $theirs:expr) => { $ours = segment_of(&$theirs) };
+    (@set $ours:expr, $theirs:expr) => { $theirs = cpu_segment(&$ours) };
 }
 
 /// The exception of a vector and an error code, as an event restores it.
-pub(crate) fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
+pub fn exception(vector: u8, code: u32, payload: u64) -> Option<Exception> {
     let selector = code as u16;
     let plain = [
         Exception::De,
@@ -183,10 +184,10 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
         };
         let state = cpu.state();
         let mut sregs = X86Sregs {
-            tr: (&state.tr).into(),
-            ldt: (&state.ldtr).into(),
-            gdt: (&state.gdtr).into(),
-            idt: (&state.idtr).into(),
+            tr: segment_of(&state.tr),
+            ldt: segment_of(&state.ldtr),
+            gdt: table_of(state.gdtr),
+            idt: table_of(state.idtr),
             cr0: state.cr0,
             cr2: state.cr2,
             cr3: state.cr3,
@@ -219,10 +220,10 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
         self.cpu.get_mut().bus_mut().set_cr8(sregs.cr8 as u8 & 15);
         self.change(Groups::SYSTEM, |state| {
             each_segment!(cs = CS, ds = DS, es = ES, fs = FS, gs = GS, ss = SS; set!(sregs, state));
-            state.tr = (&sregs.tr).into();
-            state.ldtr = (&sregs.ldt).into();
-            state.gdtr = (&sregs.gdt).into();
-            state.idtr = (&sregs.idt).into();
+            state.tr = cpu_segment(&sregs.tr);
+            state.ldtr = cpu_segment(&sregs.ldt);
+            state.gdtr = cpu_table(sregs.gdt);
+            state.idtr = cpu_table(sregs.idt);
             (state.cr0, state.cr2, state.cr3, state.cr4) = (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4);
             state.msr.efer = sregs.efer;
             state.pdpte = pdpte;
@@ -440,7 +441,7 @@ impl<P: Platform> X86Vcpu for SoftVcpu<P> {
             MpState::Runnable => (MpState::Runnable, false),
             MpState::Halted => (MpState::Runnable, true),
             MpState::Uninitialized | MpState::InitReceived => (state, false),
-            MpState::SipiReceived => return Err(self.unsupported("an MP state between start-up and running")),
+            _ => return Err(self.unsupported("an MP state between start-up and running")),
         };
         if let Some(apic) = self.engine.apic() {
             return apic.set_mp_state(state);
@@ -532,10 +533,10 @@ mod tests {
     #[test]
     fn segments_round_trip() {
         for ours in [Segment::code64(8, 3), Segment::flat_data(16, 0), Segment::busy_tss(24, 0x1000, 0x67)] {
-            let theirs = state::Segment::from(&ours);
-            assert_eq!(Segment::from(&theirs), ours);
+            let theirs = cpu_segment(&ours);
+            assert_eq!(segment_of(&theirs), ours);
         }
-        assert_eq!(state::Segment::from(&Segment::real_mode(0x1234)), state::Segment::real(0x1234, false));
+        assert_eq!(cpu_segment(&Segment::real_mode(0x1234)), state::Segment::real(0x1234, false));
     }
 
     #[test]

@@ -3,16 +3,16 @@
 //! What every backend must refuse is refused here, before the platform sees it; what the platform does with a mapping is
 //! its [`Mapper`]. A call that fails leaves table and platform as they were.
 
-use super::soft_apic::lock;
-use crate::accel::{AccelKind, MemoryFlags};
-use crate::error::{AccelError, VcpuResult};
-use crate::memory::{DirtyBitmap, GuestRegion};
+use crate::lock;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
 
 /// What a platform does with mappings; addresses and flags were checked.
-pub(crate) trait Mapper: fmt::Debug + Send + Sync {
+pub trait Mapper: fmt::Debug + Send + Sync {
     /// What must live as long as a mapping.
     type Hold: fmt::Debug + Send + Sync;
 
@@ -31,13 +31,17 @@ pub(crate) trait Mapper: fmt::Debug + Send + Sync {
 
 /// What a platform asks of mappings.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rules {
-    pub(crate) kind: AccelKind,
-    pub(crate) page: u64,
-    pub(crate) address_bits: u8,
-    pub(crate) most: u32,
+pub struct Rules {
+    /// For errors.
+    pub kind: AccelKind,
+    /// Addresses and sizes are multiples of it: bytes, a power of two.
+    pub page: u64,
+    /// Bits of a guest physical address.
+    pub address_bits: u8,
+    /// Most mappings at a time.
+    pub most: u32,
     /// Memory can be mapped that the guest may not execute.
-    pub(crate) no_execute: bool,
+    pub no_execute: bool,
 }
 
 #[derive(Debug)]
@@ -49,8 +53,9 @@ struct Slot<H> {
 
 /// The mappings, and the platform behind them.
 #[derive(Debug)]
-pub(crate) struct Slots<M: Mapper> {
-    pub(crate) mapper: M,
+pub struct Slots<M: Mapper> {
+    /// The platform.
+    pub mapper: M,
     rules: Rules,
     map: Mutex<BTreeMap<u64, Slot<M::Hold>>>,
 }
@@ -60,7 +65,8 @@ fn no_mapping(gpa: u64) -> AccelError {
 }
 
 impl<M: Mapper> Slots<M> {
-    pub(crate) fn new(mapper: M, rules: Rules) -> Self {
+    /// An empty table.
+    pub fn new(mapper: M, rules: Rules) -> Self {
         Self { mapper, rules, map: Mutex::default() }
     }
 
@@ -102,8 +108,8 @@ impl<M: Mapper> Slots<M> {
         Ok(Slot { region: region.clone(), flags, _hold: hold })
     }
 
-    /// See [`Accel::map_memory`](crate::Accel::map_memory).
-    pub(crate) fn map(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+    /// See [`Accel::map_memory`](vm_accel_core::Accel::map_memory).
+    pub fn map(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         self.check(gpa, region, flags)?;
         let mut map = self.lock();
         if map.len() >= self.rules.most as usize {
@@ -120,8 +126,8 @@ impl<M: Mapper> Slots<M> {
         Ok(())
     }
 
-    /// See [`Accel::unmap_memory`](crate::Accel::unmap_memory).
-    pub(crate) fn unmap(&self, gpa: u64) -> VcpuResult<()> {
+    /// See [`Accel::unmap_memory`](vm_accel_core::Accel::unmap_memory).
+    pub fn unmap(&self, gpa: u64) -> VcpuResult<()> {
         let mut map = self.lock();
         let size = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?.region.size();
         self.mapper.unmap(gpa, size)?;
@@ -131,7 +137,7 @@ impl<M: Mapper> Slots<M> {
 
     /// Puts another mapping in the place of one; vCPUs that run meanwhile may see the range unmapped for a moment. Where the
     /// platform refuses the new one the old one is put back.
-    pub(crate) fn remap(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
+    pub fn remap(&self, gpa: u64, region: &GuestRegion, flags: MemoryFlags) -> VcpuResult<()> {
         self.check(gpa, region, flags)?;
         let mut map = self.lock();
         let old = map.get_mut(&gpa).ok_or_else(|| no_mapping(gpa))?;
@@ -153,8 +159,8 @@ impl<M: Mapper> Slots<M> {
         Ok(())
     }
 
-    /// See [`Accel::protect_memory`](crate::Accel::protect_memory).
-    pub(crate) fn protect(&self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
+    /// See [`Accel::protect_memory`](vm_accel_core::Accel::protect_memory).
+    pub fn protect(&self, gpa: u64, flags: MemoryFlags) -> VcpuResult<()> {
         let (region, old) = {
             let map = self.lock();
             let slot = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?;
@@ -174,8 +180,8 @@ impl<M: Mapper> Slots<M> {
         Ok(())
     }
 
-    /// See [`Accel::take_dirty`](crate::Accel::take_dirty).
-    pub(crate) fn take_dirty(&self, gpa: u64) -> VcpuResult<DirtyBitmap> {
+    /// See [`Accel::take_dirty`](vm_accel_core::Accel::take_dirty).
+    pub fn take_dirty(&self, gpa: u64) -> VcpuResult<DirtyBitmap> {
         let map = self.lock();
         let slot = map.get(&gpa).ok_or_else(|| no_mapping(gpa))?;
         if !slot.flags.contains(MemoryFlags::LOG_DIRTY) {
@@ -191,8 +197,7 @@ impl<M: Mapper> Slots<M> {
     }
 
     /// Moves bytes to or from the mapping that holds an address, as far as the guest may; false if it may not.
-    #[allow(dead_code)] // The platforms that need it exist on some hosts.
-    pub(crate) fn access(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
+    pub fn access(&self, gpa: u64, is_write: bool, data: &mut [u8]) -> bool {
         match self.find(gpa) {
             Some((region, at, flags)) if is_write => {
                 flags.contains(MemoryFlags::WRITE) && region.write(at, data).is_ok()
@@ -203,16 +208,12 @@ impl<M: Mapper> Slots<M> {
     }
 
     /// Calls `each` for every mapping until one fails.
-    #[allow(dead_code, reason = "hosts without WHPX have no platform that begins anew")]
-    pub(crate) fn try_each(
-        &self,
-        mut each: impl FnMut(u64, &GuestRegion, MemoryFlags) -> VcpuResult<()>,
-    ) -> VcpuResult<()> {
+    pub fn try_each(&self, mut each: impl FnMut(u64, &GuestRegion, MemoryFlags) -> VcpuResult<()>) -> VcpuResult<()> {
         self.lock().iter().try_for_each(|(gpa, slot)| each(*gpa, &slot.region, slot.flags))
     }
 
     /// The mapping that holds an address: region, offset in it, what the guest may do.
-    pub(crate) fn find(&self, gpa: u64) -> Option<(GuestRegion, u64, MemoryFlags)> {
+    pub fn find(&self, gpa: u64) -> Option<(GuestRegion, u64, MemoryFlags)> {
         let map = self.lock();
         let (at, slot) = map.range(..=gpa).next_back()?;
         (gpa - at < slot.region.size()).then(|| (slot.region.clone(), gpa - at, slot.flags))
@@ -222,8 +223,8 @@ impl<M: Mapper> Slots<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::host_page_size;
     use std::collections::BTreeSet;
+    use vm_accel_core::memory::host_page_size;
 
     /// A platform that refuses mappings which log writes while `refuses` is set.
     #[derive(Debug, Default)]

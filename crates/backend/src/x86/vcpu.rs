@@ -5,17 +5,21 @@
 
 use super::bus::{ApicBus, MsrTurn, nanoseconds};
 use super::{Engine, Groups, Left, Order, Platform, PortAccess, Shared};
-use crate::accel::{AccelKind, IoAddress};
-use crate::error::{AccelError, VcpuResult};
-use crate::platform::gate::Gate;
-use crate::platform::soft_apic::{LocalApic, Wake, lock, until};
-use crate::regs::x86_64::{MpState, X86Vcpu};
-use crate::regs::x86_debug::{debug_event, debug_registers};
-use crate::regs::{FpuRegs, GuestRegs};
-use crate::vcpu_common::{DebugEvent, GuestDebug, IoDirection, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps};
+use crate::gate::Gate;
+use crate::gate::Wake;
+use crate::lock;
+use crate::soft_apic::{LocalApic, until};
+use crate::x86_debug::{debug_event, debug_registers};
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
+use vm_accel_core::accel::{AccelKind, IoAddress};
+use vm_accel_core::error::{AccelError, VcpuResult};
+use vm_accel_core::regs::x86_64::{MpState, X86Vcpu};
+use vm_accel_core::regs::{FpuRegs, GuestRegs};
+use vm_accel_core::vcpu_common::{
+    DebugEvent, GuestDebug, IoDirection, KickTarget, PendingAccess, VcpuExit, VcpuKick, VcpuOps,
+};
 use vm_accel_softcpu::apic::Now;
 use vm_accel_softcpu::state::{Msrs, Segment, rflags, seg};
 use vm_accel_softcpu::{Cpu, CpuState, Exit, Intercept, MsrAnswer};

@@ -6,18 +6,18 @@
 //! maintenance) is `None`, and the backend's typed error then carries the word. Nothing here knows a platform.
 
 mod access;
-pub(crate) mod exception;
+pub mod exception;
 mod walk;
 
-pub(crate) use access::{Access, Cpu, Next};
-pub(crate) use exception::System;
-pub(crate) use walk::Stage1;
+pub use access::{Access, Cpu, Next};
+pub use exception::System;
+pub use walk::Stage1;
 
-use crate::regs::GuestRegs;
-use crate::regs::aarch64::Aarch64FpuRegs;
+use vm_accel_core::regs::GuestRegs;
+use vm_accel_core::regs::aarch64::Aarch64FpuRegs;
 
 /// Most bytes that one instruction moves: a pair of 128-bit registers.
-pub(crate) const MOST: usize = 32;
+pub const MOST: usize = 32;
 
 /// The number that means the zero register as a value and the stack pointer as a base.
 const ZERO_OR_SP: u8 = 31;
@@ -36,14 +36,15 @@ enum Offset {
 
 /// One decoded load or store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Transfer {
-    pub(crate) is_load: bool,
+pub struct Transfer {
+    /// Memory to registers.
+    pub is_load: bool,
     vector: bool,
     registers: [u8; 2],
     /// How many of `registers` count.
     count: u8,
     /// Bytes per register: 1, 2, 4, 8, 16.
-    pub(crate) size: u8,
+    pub size: u8,
     /// A loaded value is sign-extended to this many bits.
     extend: Option<u8>,
     base: u8,
@@ -63,7 +64,7 @@ const fn signed(value: u32, bits: u32) -> i64 {
 }
 
 /// Decodes an instruction word (Arm ARM, C4.1.94 "Loads and Stores").
-pub(crate) fn decode(word: u32) -> Option<Transfer> {
+pub fn decode(word: u32) -> Option<Transfer> {
     let transfer = match field(word, 29, 27) {
         0b101 => pair(word),
         0b111 => single(word),
@@ -155,7 +156,7 @@ fn value(regs: &GuestRegs, index: u8) -> u64 {
 impl Transfer {
     /// What the syndrome of a data abort tells of a simple load or store, if it tells (Arm ARM, D24.2.40, "ISV", "SAS", "SSE",
     /// "SRT", "SF", "WnR").
-    pub(crate) fn told(syndrome: u64) -> Option<Self> {
+    pub fn told(syndrome: u64) -> Option<Self> {
         let iss = syndrome as u32;
         (field(iss, 24, 24) != 0).then(|| Self {
             is_load: field(iss, 6, 6) == 0,
@@ -171,17 +172,17 @@ impl Transfer {
     }
 
     /// Bytes that it moves.
-    pub(crate) fn len(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         usize::from(self.size) * usize::from(self.count)
     }
 
     /// True if it moves SIMD registers.
-    pub(crate) fn is_vector(&self) -> bool {
+    pub fn is_vector(&self) -> bool {
         self.vector
     }
 
     /// The virtual address of its first byte.
-    pub(crate) fn address(&self, regs: &GuestRegs) -> u64 {
+    pub fn address(&self, regs: &GuestRegs) -> u64 {
         let base = regs.gpr[usize::from(self.base)];
         match self.offset {
             Offset::Immediate(distance) => base.wrapping_add_signed(distance),
@@ -203,8 +204,8 @@ impl Transfer {
         registers.enumerate().map(move |(n, register)| (register, n * size..(n + 1) * size))
     }
 
-    /// What a store writes, [`len`](Self::len) bytes of it.
-    pub(crate) fn stored(&self, regs: &GuestRegs, fpu: &Aarch64FpuRegs) -> [u8; MOST] {
+    /// What a store writes, [`bytes`](Self::bytes) bytes of it.
+    pub fn stored(&self, regs: &GuestRegs, fpu: &Aarch64FpuRegs) -> [u8; MOST] {
         let mut data = [0; MOST];
         for (register, place) in self.parts() {
             let bytes = if self.vector {
@@ -219,7 +220,7 @@ impl Transfer {
     }
 
     /// Puts what a load read into its registers, moves the base register, and goes on to the next instruction.
-    pub(crate) fn finish(&self, data: &[u8; MOST], regs: &mut GuestRegs, fpu: &mut Aarch64FpuRegs) {
+    pub fn finish(&self, data: &[u8; MOST], regs: &mut GuestRegs, fpu: &mut Aarch64FpuRegs) {
         if let Some(distance) = self.write_back {
             let base = &mut regs.gpr[usize::from(self.base)];
             *base = base.wrapping_add_signed(distance);
@@ -304,7 +305,7 @@ mod tests {
             let base = regs().gpr[usize::from(transfer.base)];
             let address = transfer.address(&regs());
             assert_eq!(address, base.wrapping_add_signed(distance), "{text}");
-            assert_eq!((transfer.len(), transfer.is_load), (len, is_load), "{text}");
+            assert_eq!((transfer.bytes(), transfer.is_load), (len, is_load), "{text}");
             assert_eq!(transfer.write_back, write_back, "{text}");
         }
     }
@@ -410,7 +411,7 @@ mod tests {
                 transfer.address(&regs);
                 let data = transfer.stored(&regs, &fpu);
                 transfer.finish(&data, &mut regs, &mut fpu);
-                assert!(transfer.len() <= MOST);
+                assert!(transfer.bytes() <= MOST);
             }
         }
     }

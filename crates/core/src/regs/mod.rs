@@ -5,7 +5,6 @@
 
 pub mod aarch64;
 pub mod x86_64;
-pub(crate) mod x86_debug;
 
 /// General-purpose registers, program counter and flags of either architecture.
 ///

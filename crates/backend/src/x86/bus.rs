@@ -1,7 +1,8 @@
 //! The machine as an emulator's CPU sees it: its local APIC. Everything else is an exit. In a machine without local APICs there
 //! are still a task priority (CR8) and a base register, which nobody looks at.
 
-use crate::platform::soft_apic::{Fabric, LocalApic, lock};
+use crate::lock;
+use crate::soft_apic::{Fabric, LocalApic};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;

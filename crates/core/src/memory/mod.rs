@@ -29,8 +29,7 @@ pub mod vm_memory;
 pub use access::GuestWord;
 pub use dirty::{DIRTY_PAGE_SIZE, DirtyBitmap, DirtyRanges};
 pub use guest::GuestMemory;
-pub(crate) use region::WriteWatcher;
-pub use region::{FileMapping, GuestRegion};
+pub use region::{FileMapping, GuestRegion, WriteWatcher};
 
 /// The host's page size in bytes: a power of two, at least 4096 (16384 on Apple silicon).
 ///
