@@ -4,6 +4,7 @@
 
 use iced_x86::{CpuidFeature, Instruction};
 
+use crate::apic::TIMER_HZ;
 use crate::mmu::PHYS_BITS;
 
 /// One leaf, or one subleaf of a leaf that has them.
@@ -184,6 +185,10 @@ fn text(entry: &mut CpuidEntry, bytes: &[u8; 16]) {
     (entry.eax, entry.ebx, entry.ecx, entry.edx) = (word(0), word(1), word(2), word(3));
 }
 
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 /// Leaf 1, EDX: there is a local APIC.
 pub(crate) const APIC_BIT: u32 = leaf1d::APIC;
 
@@ -193,7 +198,8 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
     let vendor = |leaf, eax| {
         entry(leaf, 0, eax, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI"))
     };
-    let khz = (tsc_hz / 1000).min(u64::from(u32::MAX)) as u32;
+    let mhz = (tsc_hz / 1_000_000).min(u64::from(u32::MAX)) as u32;
+    let common = gcd(1000, mhz);
     let mut entries = vec![
         vendor(0, 0x16),
         // Family 6, model 26, stepping 3: the oldest model with this instruction set (x86-64-v2).
@@ -213,8 +219,10 @@ pub(crate) fn supported(id: u32, tsc_hz: u64) -> Vec<CpuidEntry> {
         entry(0xd, 0, 3, XSAVE_SIZE, XSAVE_SIZE, 0),
         // XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
         entry(0xd, 1, 0b0111, XSAVE_SIZE, 0, 0),
-        entry(0x15, 0, 1, khz / 1000, 1_000_000, 0),
-        entry(0x16, 0, khz / 1000, khz / 1000, 100, 0),
+        // Guests take the crystal for the clock of the local APIC's timer (Linux, `native_calibrate_tsc`), so it is that.
+        // The ratio is in lowest terms, since they multiply in 32 bits.
+        entry(0x15, 0, 1000 / common, mhz / common, TIMER_HZ, 0),
+        entry(0x16, 0, mhz, mhz, 100, 0),
         vendor(0x8000_0000, 0x8000_0008),
         entry(0x8000_0001, 0, 0, 0, ext1::ECX, ext1::EDX),
         entry(0x8000_0002, 0, 0, 0, 0, 0),
@@ -397,5 +405,25 @@ impl CpuidPolicy {
             };
             self.features[word] & bit != 0
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crystal_and_ratio_tell_the_frequencies() {
+        for mhz in [1, 999, 1000, 2445, 3000, 4000, 5250] {
+            let entries = supported(0, mhz * 1_000_000);
+            let leaf = entries.iter().find(|entry| entry.leaf == 0x15).unwrap();
+            assert_eq!(leaf.ecx, TIMER_HZ);
+            assert_eq!(u64::from(leaf.ecx) * u64::from(leaf.ebx) / u64::from(leaf.eax), mhz * 1_000_000);
+            // What Linux calculates with: kHz in 32 bits.
+            assert!((leaf.ecx / 1000).checked_mul(leaf.ebx).is_some(), "{mhz} MHz");
+        }
+        // Too slow to be told: without a ratio there is nothing to calculate.
+        let entries = supported(0, 999_999);
+        assert_eq!(entries.iter().find(|entry| entry.leaf == 0x15).unwrap().ebx, 0);
     }
 }

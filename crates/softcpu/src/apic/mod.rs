@@ -15,6 +15,7 @@ mod tests;
 mod timer;
 
 pub use message::{DeliveryMode, Destination, Ipi, Message, Reception, Shorthand};
+pub(crate) use timer::TIMER_HZ;
 pub use timer::{Deadline, Now};
 
 use register::{

@@ -1,5 +1,8 @@
 //! The APIC timer (SDM volume 3A, "APIC Timer"): one-shot, periodic, TSC deadline.
 
+/// The timer's input clock in Hz: one count, undivided, is a nanosecond of [`Now::ns`].
+pub(crate) const TIMER_HZ: u32 = 1_000_000_000;
+
 /// The time, in the two units that the timer needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Now {
