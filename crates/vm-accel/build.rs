@@ -11,8 +11,6 @@ fn main() {
         ("kvm", os == "linux" && (x86_64 || aarch64)),
         ("hvf_x86_64", os == "macos" && x86_64 || sim),
         ("hvf_aarch64", os == "macos" && aarch64 || sim),
-        ("whpx_x86_64", os == "windows" && x86_64 || sim),
-        ("whpx_aarch64", os == "windows" && aarch64 || sim),
         ("whpx", os == "windows" && (x86_64 || aarch64)),
         ("vz", os == "macos" || sim),
     ] {

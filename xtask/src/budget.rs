@@ -17,13 +17,13 @@ pub(crate) const COMMAND: crate::Command = crate::Command {
     usage: "\
 Usage: cargo xtask budget
 
-Counts the crates that make up the library, vm-accel, vm-accel-core and vm-accel-backend, without tests. Fails above 9,000
+Counts the crates that make up the library, without tests: vm-accel, core, backend and whpx. Fails above 9,000
 lines of code in one of them, 150 cfg attributes or 500 duplicated lines in all, or 1,200 lines in a file.",
     run,
 };
 
-/// The library: what users call, what they call it with, and what its backends share.
-const CRATES: [&str; 3] = ["vm-accel", "core", "backend"];
+/// The library: what users call, what they call it with, what its backends share, and a backend that has its own.
+const CRATES: [&str; 4] = ["vm-accel", "core", "backend", "whpx"];
 /// In one crate.
 const LINES: usize = 9_000;
 const LINES_PER_FILE: usize = 1_200;

@@ -36,6 +36,8 @@ fn run(args: &[String]) -> Result<u8> {
         "-p",
         "vm-accel-backend",
         "-p",
+        "vm-accel-whpx",
+        "-p",
         "vm-accel",
         "--all-features",
     ]);

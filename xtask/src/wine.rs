@@ -77,7 +77,7 @@ fn run(args: &[String]) -> Result<u8> {
     let library = platform.iter().find(|file| file.extension() == Some(OsStr::new("dll")));
     wine.install("WinHvPlatform.dll", library.context("cargo built no WinHvPlatform.dll")?)?;
 
-    for package in ["vm-accel-sys", "vm-accel-core", "vm-accel-backend", "vm-accel-sim"] {
+    for package in ["vm-accel-sys", "vm-accel-core", "vm-accel-backend", "vm-accel-whpx", "vm-accel-sim"] {
         for test in build(&["test", "--no-run", "--lib", "-p", package])? {
             wine.run(&test, &[])?;
         }

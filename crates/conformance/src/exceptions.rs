@@ -14,6 +14,7 @@ const fn emulated(case: &'static str, reason: &'static str) -> Exception {
     Exception { when: When::EmulatedCpu, case, reason }
 }
 
+const ENDS_EARLY: &str = "the local APIC forgets that a vector is in service when it is delivered";
 const NO_PAGING: &str = "no 32-bit paging: the guest dies when it sets CR0.PG";
 
 pub(crate) const TABLE: &[Exception] = &[
@@ -22,10 +23,9 @@ pub(crate) const TABLE: &[Exception] = &[
     interpreted("modes::ring3_software_interrupt", "INT n in ring 3 raises #UD"),
     interpreted("modes::ring3_system_call", "SYSCALL arrives at its entry point still in ring 3"),
     interpreted("modes::hypercall", "VMCALL in ring 0 never ends"),
-    interpreted(
-        "interrupts::irqfd_resamples_not_before_the_end",
-        "the local APIC forgets that a vector is in service when it is delivered",
-    ),
+    interpreted("interrupts::irqfd_resamples_not_before_the_end", ENDS_EARLY),
+    // 3 of 400 times on a host with other load: the end is reported before the handler has run.
+    interpreted("interrupts::split_reports_end_of_interrupt", ENDS_EARLY),
     interpreted("registers::tsc_can_be_set", "setting the TSC is accepted and has no effect"),
     interpreted("debug::watchpoint_ring0", "the emulator does not look at data breakpoints"),
     interpreted("debug::software_breakpoint_ring0", "the emulator cannot execute INT3"),

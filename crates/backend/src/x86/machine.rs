@@ -1,8 +1,8 @@
 //! One virtual machine: its memory, its interrupt fabric, its doorbells. [`Machine`] is the whole of
 //! [`Accel`] for every [`Platform`]; what a backend adds is its type's name.
 
-use super::Platform;
 use super::vcpu::SoftVcpu;
+use super::{Platform, XSAVE_SIZE};
 use crate::gate::Alarm;
 use crate::lock;
 use crate::slots::{Mapper, Rules, Slots};
@@ -12,8 +12,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 use vm_accel_core::accel::{
-    Accel, AccelKind, Capabilities, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags, MsiMessage,
+    Accel, AccelKind, Capabilities, GuestArch, IoAddress, IoEventMatch, IrqChip, IrqHandle, IrqSink, MemoryFlags,
+    MsiMessage,
 };
+use vm_accel_core::capabilities;
 use vm_accel_core::error::{AccelError, VcpuResult};
 use vm_accel_core::event::HostEvent;
 use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
@@ -23,6 +25,9 @@ use vm_accel_softcpu::{Config, Cpu, CpuidEntry, NoBus, Ram, RamError, TscMode};
 
 /// Pages of the software CPU, whatever the host's are.
 pub const PAGE: u64 = 4096;
+
+/// More is possible, but nobody has seen it; each costs memory for its caches.
+const MAX_VCPUS: u32 = 64;
 
 /// Whose local APICs a machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -146,6 +151,31 @@ impl<P: Platform> IrqSink for Shared<P> {
         }
         self.fabric.deliver(&message);
         Ok(())
+    }
+}
+
+/// What machines can do whose CPUs are software; the same on every host. Other platforms begin with it.
+#[must_use]
+pub fn software_capabilities() -> Capabilities {
+    let cpu = Cpu::new(0, Config::default(), Ram::new(), Box::new(NoBus));
+    let address_sizes = cpu.cpuid().iter().find(|entry| entry.leaf == 0x8000_0008);
+    capabilities! {
+        max_vcpus: MAX_VCPUS,
+        max_vcpu_id: MAX_VCPUS,
+        // Each is an entry of a table; this many is more than any machine has.
+        max_memory_slots: 4096,
+        guest_phys_bits: address_sizes.map_or(36, |entry| entry.eax as u8),
+        page_size: PAGE,
+        read_only_memory: true,
+        dirty_log: true,
+        sync_regs: true,
+        split_irqchip: true,
+        ioevent: true,
+        guest_debug: true,
+        msr_exits: true,
+        xsave_size: XSAVE_SIZE,
+        emulates_ring0: Some(false),
+        ..Capabilities::minimal(GuestArch::X86_64)
     }
 }
 

@@ -12,7 +12,7 @@ mod machine;
 mod state;
 mod vcpu;
 
-pub use machine::{Machine, PAGE, Shared, reduced_cpuid};
+pub use machine::{Machine, PAGE, Shared, reduced_cpuid, software_capabilities};
 pub use state::{XSAVE_SIZE, exception};
 
 use std::sync::Arc;

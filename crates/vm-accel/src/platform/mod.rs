@@ -9,9 +9,8 @@ pub mod hvf;
 pub mod kvm;
 #[cfg(vz)]
 pub mod vz;
-#[cfg(any(whpx_x86_64, whpx_aarch64))]
-pub mod whpx;
 
+use vm_accel_backend::x86::software_capabilities;
 use vm_accel_core::accel::{
     Accel, AccelKind, Capabilities, IoEventMatch, IrqChip, IrqHandle, IrqTarget, MemoryFlags, MsiMessage, ProbeReport,
 };
@@ -21,6 +20,8 @@ use vm_accel_core::memory::{DirtyBitmap, GuestRegion};
 use vm_accel_core::regs::aarch64::{Aarch64Features, Gic, GicState};
 use vm_accel_core::vcpu_common::VcpuOps;
 use vm_accel_core::whole_vm::WholeVm;
+#[cfg(any(windows, feature = "sim"))]
+pub use vm_accel_whpx as whpx;
 
 /// One virtual machine on one backend.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ pub fn probe_kind(kind: AccelKind) -> VcpuResult<Capabilities> {
         AccelKind::Hvf => hvf::AccelHvf::probe(),
         #[cfg(whpx)]
         AccelKind::Whpx => whpx::AccelWhpx::probe(),
-        AccelKind::Fallback => Ok(fallback::capabilities()),
+        AccelKind::Fallback => Ok(software_capabilities()),
         _ => Err(absent(kind)),
     }
 }

@@ -6,15 +6,12 @@
 use std::sync::{Arc, Mutex};
 use vm_accel_backend::impl_accel;
 use vm_accel_backend::lock;
-use vm_accel_backend::x86::{Engine, Groups, Left, Machine, Order, PAGE, Platform, Shared, XSAVE_SIZE};
-use vm_accel_core::accel::{AccelKind, Capabilities, GuestArch, MemoryFlags};
-use vm_accel_core::capabilities;
+use vm_accel_backend::x86::{Engine, Groups, Left, Machine, Order, Platform, Shared, software_capabilities};
+use vm_accel_core::accel::{AccelKind, MemoryFlags};
 use vm_accel_core::error::VcpuResult;
 use vm_accel_core::memory::{GuestRegion, WriteWatcher};
-use vm_accel_softcpu::{Config, Cpu, CpuState, Exit, NoBus, Ram};
+use vm_accel_softcpu::{Cpu, CpuState, Exit, Ram};
 
-/// More is possible, but nobody has seen it; each costs memory for its caches.
-const MAX_VCPUS: u32 = 64;
 /// Whether the host orders memory accesses as an x86 guest expects; then vCPUs may run in parallel.
 const HOST_ORDERS_AS_X86: bool = cfg!(any(target_arch = "x86_64", target_arch = "x86"));
 /// Instructions per turn where they may not.
@@ -38,35 +35,11 @@ impl Default for NoAccel {
     }
 }
 
-/// What the fallback can do; the same on every host.
-pub(crate) fn capabilities() -> Capabilities {
-    let cpu = Cpu::new(0, Config::default(), Ram::new(), Box::new(NoBus));
-    let address_sizes = cpu.cpuid().iter().find(|entry| entry.leaf == 0x8000_0008);
-    capabilities! {
-        max_vcpus: MAX_VCPUS,
-        max_vcpu_id: MAX_VCPUS,
-        // Each is an entry of a table; this many is more than any machine has.
-        max_memory_slots: 4096,
-        guest_phys_bits: address_sizes.map_or(36, |entry| entry.eax as u8),
-        page_size: PAGE,
-        read_only_memory: true,
-        dirty_log: true,
-        sync_regs: true,
-        split_irqchip: true,
-        ioevent: true,
-        guest_debug: true,
-        msr_exits: true,
-        xsave_size: XSAVE_SIZE,
-        emulates_ring0: Some(false),
-        ..Capabilities::minimal(GuestArch::X86_64)
-    }
-}
-
 impl NoAccel {
     /// Creates a virtual machine.
     #[must_use]
     pub fn new() -> Self {
-        Self { machine: Machine::new(Software::default(), capabilities(), None, None) }
+        Self { machine: Machine::new(Software::default(), software_capabilities(), None, None) }
     }
 }
 

@@ -18,14 +18,13 @@ mod vcpu;
 
 use super::memory::{Calls, Mappings};
 use super::unavailable;
-use crate::platform::fallback;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use vcpu::{Controls, VmxVcpu};
 use vm_accel_backend::impl_accel;
 use vm_accel_backend::slots::Mapper as _;
-use vm_accel_backend::x86::{Machine, PAGE, Platform, Shared, reduced_cpuid};
+use vm_accel_backend::x86::{Machine, PAGE, Platform, Shared, reduced_cpuid, software_capabilities};
 use vm_accel_core::accel::{AccelKind, Capabilities, MemoryFlags};
 use vm_accel_core::capabilities;
 use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
@@ -97,7 +96,7 @@ impl AccelHvf {
 
 /// What the framework offers with these controls.
 fn capabilities(api: &HvfX86Api, host: Host, controls: &Controls) -> Capabilities {
-    let soft = fallback::capabilities();
+    let soft = software_capabilities();
     let mut max_vcpus = 0;
     if let Some(hv_capability) = api.hv_capability {
         // SAFETY: the pointer is that of a local variable.

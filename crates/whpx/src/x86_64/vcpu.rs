@@ -9,7 +9,7 @@
 use super::Whpx;
 use super::partition::Partition;
 use super::registers::{ROWS, Row};
-use crate::platform::whpx::partition::is_code;
+use crate::partition::is_code;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;

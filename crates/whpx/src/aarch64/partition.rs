@@ -1,6 +1,6 @@
 //! A partition on arm64.
 
-use crate::platform::whpx::partition::{call, is_code, partition};
+use crate::partition::{call, is_code, partition};
 use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::whpx::aarch64::{ExitContext, InterruptControl, RegisterValue, WhpApi};
 

@@ -1,6 +1,6 @@
 //! A partition, and what its processors have on x86-64 alone: the XSAVE area, a local APIC.
 
-use crate::platform::whpx::partition::{call, is_code, partition};
+use crate::partition::{call, is_code, partition};
 use std::ffi::c_void;
 use vm_accel_core::error::VcpuResult;
 use vm_accel_sys::whpx::code::WHV_E_INSUFFICIENT_BUFFER;

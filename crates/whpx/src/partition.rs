@@ -64,7 +64,7 @@ macro_rules! call {
         if vm_accel_sys::whpx::code::succeeded(code) {
             Ok(())
         } else {
-            Err($crate::platform::whpx::partition::failed(stringify!($function), code))
+            Err($crate::partition::failed(stringify!($function), code))
         }
     }};
     ($api:expr, optional $function:ident($($arg:expr),* $(,)?)) => {
@@ -72,7 +72,7 @@ macro_rules! call {
             // SAFETY: as above.
             Some(function) => match unsafe { function($($arg),*) } {
                 code if vm_accel_sys::whpx::code::succeeded(code) => Ok(()),
-                code => Err($crate::platform::whpx::partition::failed(stringify!($function), code)),
+                code => Err($crate::partition::failed(stringify!($function), code)),
             },
             None => Err(vm_accel_core::error::AccelError::Unsupported {
                 kind: Some(vm_accel_core::accel::AccelKind::Whpx),

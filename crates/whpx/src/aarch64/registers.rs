@@ -3,7 +3,7 @@
 
 use super::Vm;
 use super::gic::redistributor;
-use crate::platform::whpx::partition::is_code;
+use crate::partition::is_code;
 use std::cell::Cell;
 use std::sync::Arc;
 use vm_accel_backend::aarch64_access::exception::pstate;

@@ -15,15 +15,14 @@ mod registers;
 mod system;
 mod vcpu;
 
-use crate::platform::fallback;
-use crate::platform::whpx::partition::{is_off, map_flags, unavailable};
+use crate::partition::{is_off, map_flags, unavailable};
 use partition::{Partition, capability};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use vcpu::Processor;
 use vm_accel_backend::impl_accel;
 use vm_accel_backend::lock;
-use vm_accel_backend::x86::{Machine, Platform, Shared, reduced_cpuid};
+use vm_accel_backend::x86::{Machine, Platform, Shared, reduced_cpuid, software_capabilities};
 use vm_accel_core::accel::{AccelKind, Capabilities, MemoryFlags};
 use vm_accel_core::capabilities;
 use vm_accel_core::error::{AccelError, UnavailableReason, VcpuResult};
@@ -83,7 +82,7 @@ impl Offer {
         }
         let msr_exits = capability(api, WHvCapabilityCodeX64MsrExitBitmap)?;
         // The emulator's page walk has a width of its own.
-        let software = fallback::capabilities();
+        let software = software_capabilities();
         let width = capability(api, CAPABILITY_PHYSICAL_ADDRESS_WIDTH)?.map_or(u8::MAX, |width| width as u8);
         let caps = capabilities! {
             guest_phys_bits: software.guest_phys_bits.min(width),
@@ -157,9 +156,9 @@ impl AccelWhpx {
         Ok(Self { machine: Machine::new(platform, caps, Some(cpuid), Some(tsc_hz)) })
     }
 
-    /// From now on [`create_irqchip`](crate::Accel::create_irqchip) gives the machine local APICs of this library, as on the
+    /// From now on [`create_irqchip`](vm_accel_core::Accel::create_irqchip) gives the machine local APICs of this library, as on the
     /// other platforms, where it would give it the platform's. They are slower, and guests that have them can be debugged
-    /// ([`set_guest_debug`](crate::VcpuOps::set_guest_debug)).
+    /// ([`set_guest_debug`](vm_accel_core::VcpuOps::set_guest_debug)).
     pub fn use_software_apics(&mut self) {
         // Relaxed: the exclusive reference orders it before the call.
         self.machine.0.platform().wants_apics.store(false, Ordering::Relaxed);
@@ -292,7 +291,7 @@ mod tests {
     #[test]
     fn what_the_host_lacks_is_hidden() {
         let offer = Offer {
-            caps: fallback::capabilities(),
+            caps: software_capabilities(),
             exits: ExtendedVmExits(0),
             msr_exits: None,
             features: !(1 << 41),
